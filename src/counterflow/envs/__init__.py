@@ -1,0 +1,31 @@
+"""Environments: one file a benchmark, all behind `make_env`. Nothing here imports torch."""
+
+from counterflow.envs.registry import check_env_name, env_names, families, family_of, make_env
+from counterflow.envs.types import (
+    ActionMeaning,
+    Batch,
+    CameraView,
+    EnvSpec,
+    Moment,
+    Privileged,
+    RenderSettings,
+    TaskEnv,
+)
+from counterflow.envs.vector import VectorEnv
+
+__all__ = [
+    "ActionMeaning",
+    "Batch",
+    "CameraView",
+    "EnvSpec",
+    "Moment",
+    "Privileged",
+    "RenderSettings",
+    "TaskEnv",
+    "VectorEnv",
+    "check_env_name",
+    "env_names",
+    "families",
+    "family_of",
+    "make_env",
+]

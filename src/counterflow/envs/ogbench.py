@@ -1,0 +1,207 @@
+"""OGBench's manipulation environments: cube, scene and puzzle, each with five single tasks.
+
+Source: OGBench (arXiv 2410.20092), package `ogbench`; the tasks are its own `*-singletask-task{1..5}-v0`. State
+observations; actions are five relative end-effector commands in [-1, 1]: x, y, z, yaw, gripper (positive closes).
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from counterflow.envs.rendering import HOW_TO_INSTALL, choose_backend
+from counterflow.envs.types import (
+    ActionMeaning,
+    CameraView,
+    EnvSpec,
+    FloatArray,
+    Image,
+    Moment,
+    Privileged,
+    RenderSettings,
+)
+from counterflow.errors import InvalidInputError, RenderingError
+from counterflow.random import child_seed
+
+FAMILIES = (
+    "cube-single",
+    "cube-double",
+    "cube-triple",
+    "cube-quadruple",
+    "cube-octuple",
+    "scene",
+    "puzzle-3x3",
+    "puzzle-4x4",
+    "puzzle-4x5",
+    "puzzle-4x6",
+)
+TASKS = (1, 2, 3, 4, 5)
+ACTION_MEANING = ActionMeaning(translation=(0, 1, 2), rotation=(3,), gripper=4, gripper_close_sign=1)
+
+_SENTENCES = {
+    "cube": "move the cubes to their marked places",
+    "scene": "bring cube, buttons, drawer and window into the goal state",
+    "puzzle": "press buttons (each flips its neighbours too) until the lights show the goal pattern",
+}
+
+
+def names() -> list[str]:
+    """Return every environment of this benchmark by its full name."""
+    return [f"ogbench/{family}-task{task}" for family in FAMILIES for task in TASKS]
+
+
+class OGBenchEnv:
+    """One OGBench manipulation task, seeded completely and with goal and object state laid open.
+
+    Args:
+        name: "ogbench/<family>-task<1..5>", one of `names()`.
+        render: how to draw frames; None if they will not be asked for.
+
+    Raises:
+        RenderingError: frames are wanted and this machine can't draw them.
+    """
+
+    def __init__(self, name: str, render: RenderSettings | None = None) -> None:
+        match = re.fullmatch(r"ogbench/(.+)-task([1-5])", name)
+        if match is None or match[1] not in FAMILIES:
+            raise InvalidInputError(f"{name!r} is not an OGBench task; expected 'ogbench/<family>-task<1..5>'.")
+        self._name, self._family, task = name, match[1], int(match[2])
+        self._render = render
+        if render is not None:
+            choose_backend()  # before the first import of mujoco
+
+        import gymnasium
+        import ogbench  # noqa: F401  # registers the environments
+        from gymnasium.envs.registration import load_env_creator
+        from gymnasium.spaces import Box
+
+        spec = gymnasium.spec(f"{self._family}-singletask-task{task}-v0")
+        assert isinstance(spec.entry_point, str) and spec.max_episode_steps is not None
+        base: Any = load_env_creator(spec.entry_point)
+
+        class Seeded(base):  # type: ignore[misc]
+            """The environment with an action space that descends from the episode's seed.
+
+            OGBench's reset executes a few random actions to settle the goal state, drawn from a space that is made anew,
+            unseeded, at every access; they leave traces in the simulator's time and controls.
+            """
+
+            action_space = Box(-1.0, 1.0, (5,), np.float32)
+
+        size = {} if render is None else {"width": render.width, "height": render.height}
+        self._env: Any = Seeded(**{**spec.kwargs, **size})
+        self._max_episode_steps = spec.max_episode_steps
+        self._steps = 0
+        self._drawn_before = False
+
+    @cached_property
+    def spec(self) -> EnvSpec:
+        """The description."""
+        return EnvSpec(
+            name=self._name,
+            family=f"ogbench/{self._family}",
+            task=_SENTENCES[self._family.split("-")[0]],
+            observation_dim=int(self._env.observation_space.shape[0]),
+            action_dim=5,
+            action_low=(-1.0,) * 5,
+            action_high=(1.0,) * 5,
+            action_meaning=ACTION_MEANING,
+            max_episode_steps=self._max_episode_steps,
+        )
+
+    def reset(self, seed: int) -> Moment:
+        """Begin the episode that `seed` names."""
+        self._env.action_space.seed(child_seed(seed, "settle"))
+        observation, info = self._env.reset(seed=child_seed(seed, "episode"))
+        self._steps = 0
+        return self._moment(observation, 0.0, success=False, terminated=False, info=info)
+
+    def step(self, action: FloatArray) -> Moment:
+        """Execute one action (5,) in [-1, 1].
+
+        Raises:
+            InvalidInputError: the action's shape is wrong, or it is not finite, or it is outside [-1, 1].
+        """
+        action = np.asarray(action, dtype=np.float64)
+        if action.shape != (5,) or not np.isfinite(action).all() or np.abs(action).max() > 1 + 1e-6:
+            raise InvalidInputError(
+                f"{self._name} was given the action {np.array2string(action, precision=3)}; expected 5 finite numbers in "
+                "[-1, 1]. Add a `Limits` edit to the steered policy, or check its normalisation."
+            )
+        observation, reward, terminated, _, info = self._env.step(np.clip(action, -1.0, 1.0))
+        self._steps += 1
+        return self._moment(observation, float(reward), bool(info["success"]), bool(terminated), info)
+
+    def render(self) -> Image:
+        """Draw the present state: (height, width, 3) uint8."""
+        if self._render is None:
+            raise RenderingError(f"{self._name} was made without rendering; pass `render=RenderSettings(...)` to make_env.")
+        try:
+            if not self._drawn_before and self._render.quality == "fast":
+                # The shadow map and multisampling cost ten times the rest in software; both are read when the context is made.
+                self._env.model.vis.quality.shadowsize = 0
+                self._env.model.vis.quality.offsamples = 0
+            self._drawn_before = True
+            frame: Image = self._env.render(camera=self._render.camera)
+        except (ImportError, RuntimeError, AttributeError) as error:
+            raise RenderingError(f"{self._name} can't draw frames here: {error}. {HOW_TO_INSTALL}") from error
+        return frame.copy()
+
+    def camera(self) -> CameraView:
+        """Describe the camera that `render` draws with."""
+        settings = self._render or RenderSettings()
+        camera = self._env.data.camera(settings.camera or "front")
+        return CameraView(
+            position=camera.xpos.copy(),
+            rotation=camera.xmat.reshape(3, 3).copy(),
+            fovy=float(self._env.model.camera(settings.camera or "front").fovy[0]),
+            width=settings.width,
+            height=settings.height,
+        )
+
+    def close(self) -> None:
+        """Free the simulator and its renderer."""
+        if self._drawn_before:
+            self._env._renderer.close()
+            self._env._renderer = None
+        self._env.close()
+
+    def _moment(self, observation: FloatArray, reward: float, success: bool, terminated: bool, info: Any) -> Moment:
+        return Moment(
+            observation=np.asarray(observation, dtype=np.float32),
+            reward=reward,
+            success=success,
+            terminated=terminated,
+            truncated=not terminated and self._steps >= self._max_episode_steps,
+            privileged=self._privileged(info),
+        )
+
+    def _privileged(self, info: dict[str, Any]) -> Privileged:
+        """Collect what the simulator tells, and add the goal in the same terms (metres, world frame; joints in metres)."""
+        env = self._env
+        state: Privileged = {
+            name: np.atleast_1d(np.asarray(value, dtype=np.float64))
+            for name, value in info.items()
+            if name.startswith(("proprio/", "privileged/"))
+        }
+        if self._family == "scene" or self._family.startswith("cube"):
+            for block, mocap in enumerate(env._cube_target_mocap_ids):
+                state[f"goal/block_{block}_pos"] = env._data.mocap_pos[mocap].copy()
+        if self._family == "scene" or self._family.startswith("puzzle"):
+            state["privileged/button_states"] = env._cur_button_states.astype(np.float64)
+            state["goal/button_states"] = env._target_button_states.astype(np.float64)
+            for button, site in enumerate(env._button_site_ids):
+                state[f"privileged/button_{button}_top_pos"] = env._data.site_xpos[site].copy()
+        if self._family == "scene":
+            for slide, target in (("drawer", env._target_drawer_pos), ("window", env._target_window_pos)):
+                joint = env._data.joint(f"{slide}_slide")
+                state[f"goal/{slide}_pos"] = np.array([target], dtype=np.float64)
+                # The target's site moves with the slide, so the goal is the handle plus the travel that remains.
+                state[f"goal/{slide}_handle_pos"] = state[f"privileged/{slide}_handle_pos"] + joint.xaxis * (
+                    target - joint.qpos[0]
+                )
+            state["privileged/drawer_center"] = env._drawer_center.copy()
+        return state

@@ -1,0 +1,74 @@
+"""`make_env`: one door to every benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from counterflow.envs import ogbench
+from counterflow.envs.types import RenderSettings, TaskEnv
+from counterflow.envs.vector import VectorEnv
+from counterflow.errors import InvalidInputError, UnknownNameError
+from counterflow.random import check_seed
+
+# A benchmark is a prefix, the names it offers, and how one of them is made.
+_BENCHMARKS: dict[str, tuple[Callable[[], list[str]], Callable[[str, RenderSettings | None], TaskEnv]]] = {
+    "ogbench": (ogbench.names, ogbench.OGBenchEnv),
+}
+
+MAX_ENVS = 1024
+
+
+def env_names() -> list[str]:
+    """Return the full name of every environment that `make_env` knows."""
+    return [name for names, _ in _BENCHMARKS.values() for name in names()]
+
+
+def families() -> list[str]:
+    """Return every family of environments (what a prior is trained for), for example "ogbench/cube-single"."""
+    return sorted({family_of(name) for name in env_names()})
+
+
+def family_of(name: str) -> str:
+    """Return the family of an environment's full name; a family is its own family."""
+    return name.rsplit("-task", 1)[0]
+
+
+def check_env_name(name: str) -> str:
+    """Return `name`, or raise `UnknownNameError` with the nearest known names."""
+    known = env_names()
+    if name in known:
+        return name
+    tasks = [other for other in known if family_of(other) == name]
+    if tasks:
+        raise InvalidInputError(f"{name!r} is a family of tasks, expected one of its tasks: {', '.join(tasks)}.")
+    raise UnknownNameError("environment", name, known)
+
+
+def make_env(
+    name: str,
+    num_envs: int = 1,
+    seed: int = 0,
+    *,
+    workers: int | None = None,
+    render: RenderSettings | None = None,
+) -> VectorEnv:
+    """Make `num_envs` copies of an environment, stepped side by side in worker processes.
+
+    Args:
+        name: full name, for example "ogbench/cube-single-task1"; `env_names()` lists them.
+        num_envs: N, how many copies.
+        seed: the seed from which resets without explicit seeds descend.
+        workers: processes to use; 0 for none (everything in this process); default one a core, at most N.
+        render: size and quality of frames; None if none will be drawn.
+
+    Raises:
+        UnknownNameError: no such environment; the nearest names are suggested.
+        InvalidInputError: a number is out of range, or `name` is a family rather than a task.
+        WorkerError: a worker process failed to start.
+    """
+    check_env_name(name)
+    if not 1 <= num_envs <= MAX_ENVS:
+        raise InvalidInputError(f"num_envs is {num_envs}; expected 1 to {MAX_ENVS}.")
+    _, make_task = _BENCHMARKS[name.split("/")[0]]
+    return VectorEnv([partial(make_task, name, render)] * num_envs, check_seed(seed), workers)

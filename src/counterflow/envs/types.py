@@ -1,0 +1,214 @@
+"""What every environment says, in types: its description, a moment of it, a batch of moments, and its camera."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from counterflow.errors import InvalidInputError
+
+FloatArray = npt.NDArray[np.floating]
+BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.integer]
+Image = npt.NDArray[np.uint8]
+Privileged = dict[str, npt.NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class ActionMeaning:
+    """Which action dimensions do what, so that a direction in words can be written into an action.
+
+    Attributes:
+        translation: the dimensions that move the end effector along world x, y and z.
+        rotation: the dimensions that turn it.
+        gripper: the dimension that moves the gripper, or None.
+        gripper_close_sign: +1 if positive values close the gripper, -1 if they open it.
+    """
+
+    translation: tuple[int, ...]
+    rotation: tuple[int, ...] = ()
+    gripper: int | None = None
+    gripper_close_sign: int = 1
+
+
+@dataclass(frozen=True)
+class EnvSpec:
+    """The description of one environment (one task).
+
+    Attributes:
+        name: full name, for example "ogbench/cube-single-task1".
+        family: the environments that share observations, actions and a prior, for example "ogbench/cube-single".
+        task: the task in a sentence.
+        observation_dim: O, the length of a state observation.
+        action_dim: A, the length of an action.
+        action_low: (A,) lowest action, in environment units.
+        action_high: (A,) highest action, in environment units.
+        action_meaning: which action dimension does what.
+        max_episode_steps: an episode is truncated after this many steps.
+    """
+
+    name: str
+    family: str
+    task: str
+    observation_dim: int
+    action_dim: int
+    action_low: tuple[float, ...]
+    action_high: tuple[float, ...]
+    action_meaning: ActionMeaning
+    max_episode_steps: int
+
+
+@dataclass(frozen=True)
+class RenderSettings:
+    """How frames are drawn.
+
+    Attributes:
+        width: pixels.
+        height: pixels.
+        quality: "fast" leaves out shadows and multisampling (about ten times the frames a second with software
+            rendering); "dataset" draws as the benchmark itself does, for pixels that must match published data.
+        camera: the camera's name; None takes the benchmark's own choice.
+    """
+
+    width: int = 256
+    height: int = 256
+    quality: Literal["fast", "dataset"] = "fast"
+    camera: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the sizes and the quality."""
+        if not (16 <= self.width <= 4096 and 16 <= self.height <= 4096):
+            raise InvalidInputError(
+                f"frame size is {self.width} x {self.height}; expected 16 to 4096 pixels each way. Choose a smaller one."
+            )
+        if self.quality not in ("fast", "dataset"):
+            raise InvalidInputError(f"render quality is {self.quality!r}; expected 'fast' or 'dataset'.")
+
+
+@dataclass(frozen=True)
+class CameraView:
+    """A pinhole camera in MuJoCo's convention.
+
+    Attributes:
+        position: (3,) metres, world frame.
+        rotation: (3, 3), columns are the camera's right, up and backward axes in the world frame.
+        fovy: vertical field of view in degrees.
+        width: image width in pixels.
+        height: image height in pixels.
+    """
+
+    position: FloatArray
+    rotation: FloatArray
+    fovy: float
+    width: int
+    height: int
+
+    def project(self, points: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Project world points to pixels.
+
+        Args:
+            points: (N, 3) metres, world frame.
+
+        Returns:
+            (N, 2) pixel coordinates (column, row), row 0 at the top. Points behind the camera give NaN.
+        """
+        local = (np.asarray(points, dtype=np.float64) - self.position) @ self.rotation
+        depth = -local[:, 2]
+        focal = 0.5 * self.height / np.tan(np.radians(self.fovy) / 2)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            pixels = np.stack(
+                [self.width / 2 + focal * local[:, 0] / depth, self.height / 2 - focal * local[:, 1] / depth], axis=1
+            )
+        pixels[depth <= 0] = np.nan
+        return pixels
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One environment after a reset or a step.
+
+    Attributes:
+        observation: (O,) float32.
+        reward: of the step that led here (0 after a reset).
+        success: whether the task's goal is reached.
+        terminated: the episode ended in a final state.
+        truncated: the episode ran out of time.
+        privileged: the simulator's own account of the state and the goal, by name, each (k,) float64. Reasoners may look
+            at it; policies may not.
+    """
+
+    observation: npt.NDArray[np.float32]
+    reward: float
+    success: bool
+    terminated: bool
+    truncated: bool
+    privileged: Privileged
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Several environments after a reset or after executing one action chunk each.
+
+    N is the number of environments, H the length of the chunk. Where an episode ended inside the chunk the rest of the
+    chunk was not executed: `steps` says how many actions were.
+
+    Attributes:
+        observation: (N, O) float32, after the last executed action.
+        rewards: (N, H) float64, zero where nothing was executed; (N, 0) after a reset.
+        steps: (N,) how many actions were executed.
+        success: (N,) whether the goal was reached during the chunk.
+        terminated: (N,) the episode ended in a final state.
+        truncated: (N,) the episode ran out of time.
+        privileged: by name, each (N, k) float64.
+        frames: for each environment, the images drawn after each executed action (empty unless asked for).
+    """
+
+    observation: npt.NDArray[np.float32]
+    rewards: npt.NDArray[np.float64]
+    steps: npt.NDArray[np.int64]
+    success: BoolArray
+    terminated: BoolArray
+    truncated: BoolArray
+    privileged: Privileged
+    frames: list[list[Image]] = field(default_factory=list)
+
+    @property
+    def done(self) -> BoolArray:
+        """(N,) whether the episode is over."""
+        return self.terminated | self.truncated
+
+    def view(self, row: int) -> Privileged:
+        """Return the privileged state of one environment, each value (k,)."""
+        return {name: values[row] for name, values in self.privileged.items()}
+
+
+class TaskEnv(Protocol):
+    """One simulated task. A new benchmark is one file that provides this, and one line in the registry."""
+
+    @property
+    def spec(self) -> EnvSpec:
+        """The description."""
+        ...
+
+    def reset(self, seed: int) -> Moment:
+        """Begin the episode that `seed` names: the same seed always begins the same episode, whatever came before."""
+        ...
+
+    def step(self, action: FloatArray) -> Moment:
+        """Execute one action (A,), in environment units."""
+        ...
+
+    def render(self) -> Image:
+        """Draw the present state: (height, width, 3) uint8."""
+        ...
+
+    def camera(self) -> CameraView:
+        """Describe the camera that `render` draws with."""
+        ...
+
+    def close(self) -> None:
+        """Free the simulator and its renderer."""
+        ...
