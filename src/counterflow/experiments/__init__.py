@@ -1,0 +1,1 @@
+"""What a run is: rollouts, evaluation, statistics, figures and films."""
