@@ -1,0 +1,24 @@
+"""Data: collecting demonstrations, reading episodes, sampling action chunks.
+
+The samplers are loaded on first use: they need torch, which the processes that collect data can do without.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from counterflow.data.collect import Collected, collect
+from counterflow.data.recipe import Recipe
+
+if TYPE_CHECKING:
+    from counterflow.data.sampling import ChunkBatch, ChunkSampler
+
+__all__ = ["ChunkBatch", "ChunkSampler", "Collected", "Recipe", "collect"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch on first use."""
+    if name not in ("ChunkBatch", "ChunkSampler"):
+        raise AttributeError(f"module 'counterflow.data' has no attribute {name!r}")
+    return getattr(importlib.import_module("counterflow.data.sampling"), name)
