@@ -76,9 +76,16 @@ class RowGenerators:
 def draw_normal(
     rng: torch.Generator | RowGenerators, shape: Sequence[int], device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """Draw N(0, I) of `shape` (B, ...) from either kind of generator and place it on `device`."""
+    """Draw N(0, I) of `shape` (B, ...) from either kind of generator and place it on `device`.
+
+    With row generators B may be a multiple n of their number: each row of generators then draws for n neighbouring rows,
+    as when every observation has n candidates.
+    """
     import torch
 
-    if isinstance(rng, RowGenerators):
-        return rng.normal(shape).to(device)
-    return torch.randn(tuple(shape), generator=rng, device=rng.device).to(device)
+    if not isinstance(rng, RowGenerators):
+        return torch.randn(tuple(shape), generator=rng, device=rng.device).to(device)
+    copies, remainder = divmod(shape[0], len(rng))
+    if remainder or copies == 0:
+        raise InvalidInputError(f"asked for {shape[0]} rows of noise from {len(rng)} row generators; expected a multiple.")
+    return rng.normal((len(rng), copies, *shape[1:])).flatten(0, 1).to(device)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from counterflow.envs.rendering import HOW_TO_INSTALL, choose_backend
+from counterflow.envs.rendering import HOW_TO_INSTALL, prepare_backend, require_backend
 from counterflow.envs.types import (
     ActionMeaning,
     CameraView,
@@ -70,8 +70,9 @@ class OGBenchEnv:
             raise InvalidInputError(f"{name!r} is not an OGBench task; expected 'ogbench/<family>-task<1..5>'.")
         self._name, self._family, task = name, match[1], int(match[2])
         self._render = render
+        prepare_backend()  # before the first import of mujoco
         if render is not None:
-            choose_backend()  # before the first import of mujoco
+            require_backend()
 
         import gymnasium
         import ogbench  # noqa: F401  # registers the environments

@@ -1,0 +1,287 @@
+"""Evaluation: success of steering methods on tasks, with intervals, exactly repeatable from a seed."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import counterflow
+from counterflow.envs import RenderSettings, VectorEnv, check_env_name, family_of, make_env
+from counterflow.errors import InvalidInputError, MismatchError, StorageError
+from counterflow.experiments.rollout import Episode, MakeReasoner, run_episodes
+from counterflow.experiments.statistics import SuccessRate
+from counterflow.policies import BasePolicy, load
+from counterflow.random import check_seed, child_seed
+from counterflow.reasoners import CONVENTIONS, Convention, Reasoner, UnreliableReasoner, scripted_reasoner
+from counterflow.steering import MethodSettings, steer
+
+MAX_EPISODES = 100_000
+SHIPPED_PRIORS = {
+    "ogbench/cube-single": "cube-single",
+    "ogbench/scene": "scene",
+    "ogbench/puzzle-3x3": "puzzle-3x3",
+}
+
+
+@dataclass(frozen=True)
+class ReasonerSettings:
+    """Who gives the references, and how they are written.
+
+    Attributes:
+        error: probability that a direction is wrong.
+        delay: chunks that pass before a direction is acted on.
+        convention: "ogbench" or "paper".
+        magnitude: overrides the convention's magnitude.
+    """
+
+    error: float = 0.0
+    delay: int = 0
+    convention: str = "ogbench"
+    magnitude: float | None = None
+
+    def maker(self, env: str) -> MakeReasoner:
+        """Return a function that makes the reasoner for the environment called `env`."""
+
+        def make() -> Reasoner:
+            reasoner = scripted_reasoner(env)
+            return UnreliableReasoner(reasoner, self.error, self.delay) if self.error or self.delay else reasoner
+
+        make()  # settings out of range are refused here, not in the middle of a run
+        return make
+
+    def writing(self) -> Convention:
+        """Return the convention."""
+        if self.convention not in CONVENTIONS:
+            raise InvalidInputError(f"convention is {self.convention!r}; expected one of {', '.join(CONVENTIONS)}.")
+        chosen = CONVENTIONS[self.convention]
+        if self.magnitude is None:
+            return chosen
+        return Convention(self.magnitude, chosen.units, chosen.gripper_magnitude, chosen.rotation, chosen.rows)
+
+
+@dataclass
+class Evaluation:
+    """What came of one method on one task.
+
+    Attributes:
+        env: the environment's full name.
+        steer: the method.
+        settings: the method's settings, as plain values.
+        seed: what every episode descends from.
+        rate: successes of episodes.
+        seconds: wall-clock time.
+        environment_steps: executed actions.
+        evaluations: field evaluations, all episodes.
+        queries: questions to the reasoner, all episodes.
+        agreement: mean cosine between asked and executed motion.
+        round_trip_error: mean distance between reference and executed chunk, normalised units.
+        noise_percentile: mean percentile of the start noise's norm under the prior.
+        outcomes: for each episode its seed, success and steps.
+    """
+
+    env: str
+    steer: str
+    settings: dict[str, Any]
+    seed: int
+    rate: SuccessRate
+    seconds: float
+    environment_steps: int
+    evaluations: int
+    queries: int
+    agreement: float
+    round_trip_error: float
+    noise_percentile: float
+    outcomes: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        low, high = self.rate.interval
+        return {
+            "env": self.env,
+            "steer": self.steer,
+            "episodes": self.rate.episodes,
+            "successes": self.rate.successes,
+            "success_rate": self.rate.rate,
+            "ci95": [low, high],
+            "seconds": round(self.seconds, 3),
+            "seed": self.seed,
+            "settings": self.settings,
+            "ledger": {
+                "environment_steps": self.environment_steps,
+                "field_evaluations": self.evaluations,
+                "reasoner_queries": self.queries,
+            },
+            "diagnostics": {
+                name: None if np.isnan(value) else round(value, 6)
+                for name, value in (
+                    ("agreement", self.agreement),
+                    ("round_trip_error", self.round_trip_error),
+                    ("noise_percentile", self.noise_percentile),
+                )
+            },
+            "outcomes": self.outcomes,
+        }
+
+
+def load_prior(env: str, policy: str | None = None) -> BasePolicy:
+    """Load the base policy for an environment: the one at `policy`, or the shipped prior of its family.
+
+    Raises:
+        MismatchError: no prior is shipped for this family and none was given.
+    """
+    if policy is not None:
+        return load(policy)
+    family = family_of(env)
+    if family not in SHIPPED_PRIORS:
+        raise MismatchError(
+            f"no prior is shipped for {family} (there are priors for {', '.join(SHIPPED_PRIORS)}). Make one: "
+            f"'counterflow collect {family}' and 'counterflow train bc', then pass it with --policy."
+        )
+    return load(SHIPPED_PRIORS[family])
+
+
+def check_episodes(episodes: int) -> int:
+    """Return `episodes`, or raise `InvalidInputError` unless it is a sensible number."""
+    if not 1 <= episodes <= MAX_EPISODES:
+        raise InvalidInputError(f"episodes is {episodes}; expected 1 to {MAX_EPISODES}.")
+    return episodes
+
+
+def evaluate(
+    env: VectorEnv,
+    policy: BasePolicy,
+    method: str,
+    episodes: int,
+    seed: int,
+    *,
+    settings: MethodSettings | None = None,
+    reasoner: ReasonerSettings | None = None,
+    on_episode: Callable[[Episode], None] | None = None,
+) -> Evaluation:
+    """Run `episodes` episodes of one method on one task.
+
+    The episodes of every method begin in the same states: they descend from the same seeds.
+
+    Args:
+        env: the task, vectorised; it stays open.
+        policy: the frozen base policy.
+        method: "base", "direct", "frs", "partial" or "rank".
+        episodes: how many.
+        seed: what they descend from.
+        settings: of the method.
+        reasoner: who gives references.
+        on_episode: called as each episode finishes.
+
+    Raises:
+        MismatchError: policy and environment don't fit.
+        InvalidInputError: a number is out of range.
+    """
+    check_episodes(episodes)
+    settings = MethodSettings() if settings is None else settings
+    reasoner = ReasonerSettings() if reasoner is None else reasoner
+    steered = steer(policy, method, settings)
+    seeds = [child_seed(check_seed(seed), "episode", index) for index in range(episodes)]
+    began = time.perf_counter()
+    finished = run_episodes(
+        steered,
+        env,
+        seeds,
+        None if method == "base" else reasoner.maker(env.spec.name),
+        convention=reasoner.writing(),
+        on_episode=on_episode,
+    )
+    seconds = time.perf_counter() - began
+
+    def mean(name: str) -> float:
+        values = [getattr(episode, name) for episode in finished if not np.isnan(getattr(episode, name))]
+        return float(np.mean(values)) if values else float("nan")
+
+    return Evaluation(
+        env=env.spec.name,
+        steer=method,
+        settings={**_own_settings(method, settings), **({} if method == "base" else asdict(reasoner))},
+        seed=seed,
+        rate=SuccessRate(sum(episode.success for episode in finished), episodes),
+        seconds=seconds,
+        environment_steps=sum(episode.steps for episode in finished),
+        evaluations=sum(episode.evaluations for episode in finished),
+        queries=sum(episode.queries for episode in finished),
+        agreement=mean("agreement"),
+        round_trip_error=mean("round_trip_error"),
+        noise_percentile=mean("noise_percentile"),
+        outcomes=[{"seed": one.seed, "success": one.success, "steps": one.steps} for one in finished],
+    )
+
+
+def _own_settings(method: str, settings: MethodSettings) -> dict[str, Any]:
+    """Return the settings that `method` reads."""
+    own: dict[str, Any] = {
+        "base": {"steps": settings.steps},
+        "direct": {"steps": settings.steps},
+        "frs": {"reversal_steps": settings.reversal_steps},
+        "partial": {"steps": settings.steps, "tau": settings.tau},
+        "rank": {"steps": settings.steps, "candidates": settings.candidates, "distance": settings.distance},
+    }
+    return dict(own[method])
+
+
+def default_num_envs(episodes: int) -> int:
+    """Choose how many environments to step side by side: enough to fill the batch, few enough to start quickly."""
+    return min(episodes, 8 * (os.cpu_count() or 1))
+
+
+def open_env(
+    name: str, episodes: int, *, num_envs: int | None = None, seed: int = 0, render: RenderSettings | None = None
+) -> VectorEnv:
+    """Open a task for `episodes` episodes; the number of environments is chosen unless it is given."""
+    check_env_name(name)
+    check_episodes(episodes)
+    return make_env(name, default_num_envs(episodes) if num_envs is None else num_envs, seed, render=render)
+
+
+def machine() -> dict[str, Any]:
+    """Describe what numbers depend on: versions, cores, device."""
+    return {
+        "counterflow": counterflow.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def write_json(path: Path, content: dict[str, Any] | Sequence[Any]) -> None:
+    """Write json to `path` whole or not at all.
+
+    Raises:
+        StorageError: the file can't be written; what stood there before is untouched.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump(content, file, indent=1)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise StorageError(
+            f"can't write {path}: {error.strerror or error}. Free some room or choose another place; "
+            "a file that stood there before is untouched."
+        ) from error

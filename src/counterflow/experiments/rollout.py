@@ -1,0 +1,201 @@
+"""Rolling out a steered policy in many environments at once.
+
+Episodes are spread over the rows of a vector environment; a row that finishes takes the next episode. What happens in an
+episode depends on its seed: the environment's start, the policy's noise and the reasoner's mistakes all descend from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from counterflow.envs import Batch, EnvSpec, VectorEnv
+from counterflow.envs.types import Image
+from counterflow.errors import InvalidInputError, MismatchError
+from counterflow.policies import BasePolicy
+from counterflow.random import RowGenerators, child_seed
+from counterflow.reasoners import OGBENCH, Convention, Direction, Reasoner, to_reference
+from counterflow.steering import Plan, SteeredPolicy
+
+MakeReasoner = Callable[[], Reasoner]
+
+
+@dataclass
+class Episode:
+    """One finished episode.
+
+    Attributes:
+        seed: what it descends from.
+        success: whether the goal was reached.
+        steps: environment steps.
+        chunks: decisions of the policy.
+        rewards: sum of rewards.
+        evaluations: field evaluations.
+        queries: questions to the reasoner.
+        agreement: mean cosine between asked and executed motion, over the chunks that had a reference; NaN without.
+        round_trip_error: mean distance between reference and executed chunk, normalised units.
+        noise_percentile: mean percentile of the start noise's norm under the prior.
+        frames: the images, where it was filmed: one before the first step and one after each.
+        directions: what the reasoner said at each chunk, where it was filmed.
+        moments: where the gripper was at each chunk, (3,) metres, where it was filmed.
+    """
+
+    seed: int
+    success: bool = False
+    steps: int = 0
+    chunks: int = 0
+    rewards: float = 0.0
+    evaluations: int = 0
+    queries: int = 0
+    agreement: float = float("nan")
+    round_trip_error: float = float("nan")
+    noise_percentile: float = float("nan")
+    frames: list[Image] = field(default_factory=list)
+    directions: list[Direction] = field(default_factory=list)
+    moments: list[npt.NDArray[np.float64]] = field(default_factory=list)
+    chunk_steps: list[int] = field(default_factory=list)
+
+
+class _Averages:
+    """Means over an episode's chunks, NaN left out."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = {}
+
+    def add(self, **values: float) -> None:
+        for name, value in values.items():
+            self._values.setdefault(name, []).append(value)
+
+    def mean(self, name: str) -> float:
+        values = [value for value in self._values.get(name, []) if not np.isnan(value)]
+        return float(np.mean(values)) if values else float("nan")
+
+
+def check_fit(policy: BasePolicy, spec: EnvSpec) -> None:
+    """Raise `MismatchError` unless the policy's actions and observations are the environment's."""
+    if policy.action_spec.dim != spec.action_dim:
+        raise MismatchError(
+            f"the policy acts in {policy.action_spec.dim} dimensions and {spec.name} expects {spec.action_dim}. "
+            f"Use a policy that was trained for {spec.family}."
+        )
+    observation_dim = getattr(policy, "observation_dim", None)
+    if observation_dim is not None and observation_dim != spec.observation_dim:
+        raise MismatchError(
+            f"the policy sees {observation_dim} numbers and {spec.name} shows {spec.observation_dim}. "
+            f"Use a policy that was trained for {spec.family}."
+        )
+
+
+def run_episodes(
+    policy: SteeredPolicy,
+    env: VectorEnv,
+    seeds: Sequence[int],
+    make_reasoner: MakeReasoner | None = None,
+    *,
+    convention: Convention = OGBENCH,
+    film: bool = False,
+    on_episode: Callable[[Episode], None] | None = None,
+) -> list[Episode]:
+    """Run one episode a seed and return them in the order of the seeds.
+
+    Args:
+        policy: the steered policy; its chunks are executed open loop, whole.
+        env: where to run; all its rows are used.
+        seeds: one a episode.
+        make_reasoner: makes the reasoner of a row; None: nobody gives references.
+        convention: how directions are written into references.
+        film: keep a frame of every step (the environment must be able to render).
+        on_episode: called with each episode as it finishes.
+
+    Raises:
+        MismatchError: policy and environment don't fit.
+        WorkerError: a simulator failed.
+    """
+    if not seeds:
+        raise InvalidInputError("no episodes were asked for; give at least one seed.")
+    spec = policy.action_spec
+    check_fit(policy.base, env.spec)
+    rows = min(env.num_envs, len(seeds))
+    waiting = list(range(len(seeds)))[::-1]
+    playing: dict[int, int] = {}
+    episodes = [Episode(seed) for seed in seeds]
+    averages = [_Averages() for _ in seeds]
+    reasoners = [make_reasoner() for _ in range(env.num_envs)] if make_reasoner is not None else None
+    # Rows without an episode keep their last state and are computed along, so the batch never changes its shape.
+    noise = RowGenerators([0] * env.num_envs)
+
+    def begin(row: int) -> int:
+        index = waiting.pop()
+        playing[row] = index
+        seed = seeds[index]
+        noise.reseed(row, child_seed(seed, "policy"))
+        if reasoners is not None:
+            reasoners[row].reset(child_seed(seed, "reasoner"))
+        return child_seed(seed, "environment")
+
+    fresh = {row: begin(row) for row in range(rows)}
+    batch = env.reset({row: fresh.get(row, 0) for row in range(env.num_envs)})
+    while playing:
+        active = sorted(playing)
+        directions = [Direction(defer=True)] * env.num_envs
+        reference = None
+        if reasoners is not None:
+            for row in active:
+                directions[row] = reasoners[row].decide(batch.view(row))
+                episodes[playing[row]].queries += 1
+            reference = to_reference(directions, spec, convention)
+        if film:
+            _film_before(episodes, playing, env, batch, directions)
+        plan = policy.act(torch.from_numpy(batch.observation), reference, noise)
+        actions = plan.actions.cpu().numpy()
+        batch = env.execute(actions, rows=active, record=active if film else ())
+        fresh = {}
+        for row in active:
+            index = playing[row]
+            _account(episodes[index], averages[index], plan, batch, row)
+            if batch.done[row]:
+                _close(episodes[index], averages[index])
+                if on_episode is not None:
+                    on_episode(episodes[index])
+                del playing[row]
+                if waiting:
+                    fresh[row] = begin(row)
+        if fresh:
+            batch = env.reset(fresh)
+    return episodes
+
+
+def _account(episode: Episode, averages: _Averages, plan: Plan, batch: Batch, row: int) -> None:
+    episode.success = episode.success or bool(batch.success[row])
+    episode.steps += int(batch.steps[row])
+    episode.chunks += 1
+    episode.rewards += float(batch.rewards[row].sum())
+    episode.evaluations += plan.evaluations
+    episode.frames.extend(batch.frames[row])
+    episode.chunk_steps.append(int(batch.steps[row]))
+    averages.add(
+        agreement=float(plan.agreement[row]),
+        round_trip_error=float(plan.round_trip_error[row]),
+        noise_percentile=float(plan.noise_percentile[row]),
+    )
+
+
+def _close(episode: Episode, averages: _Averages) -> None:
+    episode.agreement = averages.mean("agreement")
+    episode.round_trip_error = averages.mean("round_trip_error")
+    episode.noise_percentile = averages.mean("noise_percentile")
+
+
+def _film_before(
+    episodes: list[Episode], playing: dict[int, int], env: VectorEnv, batch: Batch, directions: list[Direction]
+) -> None:
+    for row, index in playing.items():
+        episode = episodes[index]
+        if not episode.frames:
+            episode.frames.append(env.render(row))
+        episode.directions.append(directions[row])
+        episode.moments.append(batch.view(row)["proprio/effector_pos"])

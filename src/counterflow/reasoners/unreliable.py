@@ -1,0 +1,53 @@
+"""A reasoner made worse on purpose: wrong now and then, or late. For studying robustness."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+
+import numpy as np
+
+from counterflow.errors import InvalidInputError
+from counterflow.random import child_seed
+from counterflow.reasoners.direction import Direction, Reasoner, View
+
+SINGLE_AXES = ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1))
+
+
+class UnreliableReasoner:
+    """Wraps a reasoner: with probability `error` its axis is replaced by a wrong one, and it speaks `delay` chunks late.
+
+    Args:
+        reasoner: the one to make worse.
+        error: probability, chunk by chunk, of naming another of the six single axes (uniform among the wrong ones). The
+            gripper command stays.
+        delay: how many chunks pass before what it says is acted on; until then it defers.
+
+    Raises:
+        InvalidInputError: a setting is out of range.
+    """
+
+    def __init__(self, reasoner: Reasoner, error: float = 0.0, delay: int = 0) -> None:
+        if not 0 <= error <= 1:
+            raise InvalidInputError(f"reasoner error is {error!r}; expected a probability from 0 to 1.")
+        if not (isinstance(delay, int) and 0 <= delay <= 1000):
+            raise InvalidInputError(f"reasoner delay is {delay!r}; expected 0 to 1000 chunks.")
+        self._reasoner, self._error, self._delay = reasoner, error, delay
+        self.reset(0)
+
+    def reset(self, seed: int) -> None:
+        """Begin a new episode; which chunks go wrong depends on `seed` alone."""
+        self._reasoner.reset(seed)
+        self._random = np.random.default_rng(child_seed(seed, "unreliable"))
+        self._said = deque([Direction(defer=True)] * self._delay)
+
+    def decide(self, view: View) -> Direction:
+        """Say what the wrapped reasoner says, wrong or late."""
+        self._said.append(self._reasoner.decide(view))
+        direction = self._said.popleft()
+        # Drawn at every chunk, so that raising the probability only adds mistakes.
+        draw, choice = self._random.random(), self._random.random()
+        if draw >= self._error or direction.defer:
+            return direction
+        wrong = [axes for axes in SINGLE_AXES if axes != direction.axes]
+        return replace(direction, axes=wrong[int(choice * len(wrong))])

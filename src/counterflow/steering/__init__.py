@@ -1,0 +1,31 @@
+"""Steering: a frozen policy with a hand on the wheel at up to three places."""
+
+from counterflow.steering.context import Reference, SteeringContext
+from counterflow.steering.edit import Chain, Edit, ExecuteReference, Limits, NearestToReference
+from counterflow.steering.guidance import FollowReference, Guidance, Together
+from counterflow.steering.methods import MethodName, MethodSettings, steer
+from counterflow.steering.start import FlowReversal, Gaussian, PartialNoising, Rng, Start
+from counterflow.steering.steered import Plan, SteeredPolicy
+
+__all__ = [
+    "Chain",
+    "Edit",
+    "ExecuteReference",
+    "FlowReversal",
+    "FollowReference",
+    "Gaussian",
+    "Guidance",
+    "Limits",
+    "MethodName",
+    "MethodSettings",
+    "NearestToReference",
+    "PartialNoising",
+    "Plan",
+    "Reference",
+    "Rng",
+    "Start",
+    "SteeredPolicy",
+    "SteeringContext",
+    "Together",
+    "steer",
+]

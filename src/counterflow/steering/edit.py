@@ -1,0 +1,127 @@
+"""The third port: what is done to the result.
+
+An edit is a function of (chunks, context): chunks are the N candidates of every row, (B, N, H, A), normalised; it returns
+(B, M, H, A) with 1 <= M <= N. `candidates` says how many it wants to choose from. After the last edit the first candidate is
+executed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from counterflow.errors import InvalidInputError
+from counterflow.steering.context import SteeringContext
+
+
+class Edit(Protocol):
+    """What is done to the candidates: (B, N, H, A) to (B, M, H, A)."""
+
+    @property
+    def candidates(self) -> int:
+        """How many candidates an observation this edit wants."""
+        ...
+
+    def __call__(self, chunks: Tensor, context: SteeringContext) -> Tensor:
+        """Edit or choose among the candidates."""
+        ...
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Several edits, one after the other."""
+
+    edits: Sequence[Edit]
+
+    @property
+    def candidates(self) -> int:
+        """As many as the most demanding edit wants."""
+        return max((edit.candidates for edit in self.edits), default=1)
+
+    def __call__(self, chunks: Tensor, context: SteeringContext) -> Tensor:
+        """Apply them in order."""
+        for edit in self.edits:
+            chunks = edit(chunks, context)
+        return chunks
+
+
+@dataclass(frozen=True)
+class ExecuteReference:
+    """Direct execution: the reference itself, in the entries it speaks for; the base policy where nobody speaks."""
+
+    candidates: int = 1
+
+    def __call__(self, chunks: Tensor, context: SteeringContext) -> Tensor:
+        """Overwrite the candidates with the reference."""
+        if context.reference is None:
+            return chunks
+        return torch.where(context.reference.spoken[:, None], context.reference.chunk[:, None], chunks)
+
+
+@dataclass(frozen=True)
+class NearestToReference:
+    """Sample-and-rank: of n candidates keep the one nearest to the reference (a baseline of arXiv 2606.13675, its n = 16).
+
+    Attributes:
+        candidates: n.
+        distance: "cosine" (the paper's) or "l2", over the entries that the reference speaks for.
+
+    Raises:
+        InvalidInputError: a setting is out of range.
+    """
+
+    candidates: int = 16
+    distance: Literal["cosine", "l2"] = "cosine"
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if not (isinstance(self.candidates, int) and 1 <= self.candidates <= 4096):
+            raise InvalidInputError(f"sample-and-rank n is {self.candidates!r}; expected an integer from 1 to 4096.")
+        if self.distance not in ("cosine", "l2"):
+            raise InvalidInputError(f"sample-and-rank distance is {self.distance!r}; expected 'cosine' or 'l2'.")
+
+    def __call__(self, chunks: Tensor, context: SteeringContext) -> Tensor:
+        """Keep the nearest candidate of each row; the first where nobody speaks."""
+        if context.reference is None:
+            return chunks[:, :1]
+        spoken = context.reference.spoken.flatten(1)[:, None]
+        candidates = chunks.flatten(2) * spoken
+        reference = context.reference.chunk.flatten(1)[:, None] * spoken
+        if self.distance == "cosine":
+            nearness = torch.cosine_similarity(candidates, reference, dim=-1)
+        else:
+            nearness = -(candidates - reference).square().sum(-1)
+        best = nearness.argmax(dim=1)  # ties, as where nobody speaks, go to the first
+        return chunks.gather(1, best[:, None, None, None].expand(-1, 1, *chunks.shape[2:]))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Clip every action to bounds, in normalised units.
+
+    A steered policy always ends within its action space's own limits; this edit is for narrower ones, and for hard
+    constraints, which reversal can't promise to keep.
+
+    Attributes:
+        low: lowest normalised action, one number or one a dimension.
+        high: highest normalised action.
+    """
+
+    low: float | Tensor
+    high: float | Tensor
+    candidates: int = 1
+
+    def __post_init__(self) -> None:
+        """Check that low is below high."""
+        if not bool((torch.as_tensor(self.low) < torch.as_tensor(self.high)).all()):
+            raise InvalidInputError(f"limits are low {self.low} and high {self.high}; expected low below high.")
+
+    def __call__(self, chunks: Tensor, context: SteeringContext) -> Tensor:  # noqa: ARG002 - the port's signature
+        """Clip."""
+        low = torch.as_tensor(self.low, dtype=chunks.dtype, device=chunks.device)
+        high = torch.as_tensor(self.high, dtype=chunks.dtype, device=chunks.device)
+        return chunks.clamp(low, high)

@@ -1,0 +1,57 @@
+"""The five zero-shot ways to use a reference, by name: what the command line and the benchmarks compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from counterflow.errors import UnknownNameError
+from counterflow.policies import BasePolicy
+from counterflow.steering.edit import ExecuteReference, NearestToReference
+from counterflow.steering.start import FlowReversal, PartialNoising
+from counterflow.steering.steered import SteeredPolicy
+
+MethodName = Literal["base", "direct", "frs", "partial", "rank"]
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """The settings of all methods; each reads its own.
+
+    Attributes:
+        steps: denoising steps of base, direct (where nobody speaks), partial (scaled by 1 - tau) and rank.
+        reversal_steps: K of FRS, back and forth.
+        tau: of partial noising.
+        candidates: n of sample-and-rank.
+        distance: of sample-and-rank, "cosine" or "l2".
+    """
+
+    steps: int = 10
+    reversal_steps: int = 5
+    tau: float = 0.5
+    candidates: int = 16
+    distance: Literal["cosine", "l2"] = "cosine"
+
+
+def steer(base: BasePolicy, method: str, settings: MethodSettings | None = None) -> SteeredPolicy:
+    """Return `base` steered by the method called `method`.
+
+    Raises:
+        UnknownNameError: no such method.
+        InvalidInputError: a setting is out of range.
+    """
+    settings = MethodSettings() if settings is None else settings
+    if method == "base":
+        return SteeredPolicy(base, steps=settings.steps)
+    if method == "direct":
+        return SteeredPolicy(base, edit=ExecuteReference(), steps=settings.steps)
+    if method == "frs":
+        return SteeredPolicy(base, start=FlowReversal(settings.reversal_steps), steps=settings.reversal_steps)
+    if method == "partial":
+        start = PartialNoising(settings.tau)
+        # The paper denoises from tau = 0.5 with half of its ten steps: the same step size as from t = 0.
+        return SteeredPolicy(base, start=start, steps=max(1, round(settings.steps * (1 - settings.tau))))
+    if method == "rank":
+        edit = NearestToReference(settings.candidates, settings.distance)
+        return SteeredPolicy(base, edit=edit, steps=settings.steps)
+    raise UnknownNameError("steering method", method, get_args(MethodName))

@@ -1,0 +1,138 @@
+"""The first port: where the flow starts.
+
+A start is a function of (policy, context, rng) that returns the state x (B, H, A) and, for each row, the time t (B,) at which
+that state lies on the flow. t = 0 is noise; a start may also enter the flow part of the way (t > 0).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from counterflow.errors import InvalidInputError
+from counterflow.flow import invert, reverse
+from counterflow.policies import BasePolicy, bind
+from counterflow.random import RowGenerators, draw_normal
+from counterflow.steering.context import Reference, SteeringContext
+
+Rng = torch.Generator | RowGenerators
+
+
+class Start(Protocol):
+    """Where the flow starts: returns (x (B, H, A), t (B,))."""
+
+    def __call__(self, policy: BasePolicy, context: SteeringContext, rng: Rng) -> tuple[Tensor, Tensor]:
+        """Choose the start of every row."""
+        ...
+
+
+def _fresh(policy: BasePolicy, context: SteeringContext, rng: Rng) -> Tensor:
+    """Draw N(0, I) for every row, on the device of the reference where there is one."""
+    device = torch.device("cpu") if context.reference is None else context.reference.chunk.device
+    device = getattr(policy, "device", device)
+    shape = (context.batch_size, policy.action_spec.horizon, policy.action_spec.dim)
+    return draw_normal(rng, shape, device)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Fresh noise: what the base policy does by itself."""
+
+    def __call__(self, policy: BasePolicy, context: SteeringContext, rng: Rng) -> tuple[Tensor, Tensor]:
+        """Return N(0, I) at t = 0."""
+        noise = _fresh(policy, context, rng)
+        return noise, noise.new_zeros(context.batch_size)
+
+
+@dataclass(frozen=True)
+class FlowReversal:
+    """Flow Reversal Steering (arXiv 2606.13675): the noise that the reference reverses to.
+
+    Rows where nobody speaks start from fresh noise, and so, after a full reversal, do the entries that the reference does not
+    steer (in-painting in noise space). After a partial one (depth < 1) these keep the state that the reversal gave them.
+
+    Attributes:
+        steps: K, how many steps back.
+        solver: "euler" is the paper's, whose round trip pulls towards the prior's modes; "midpoint" and "rk4" are more
+            faithful to the reference; "exact" inverts the discrete Euler map, so that denoising with as many Euler steps
+            returns the reference itself.
+        depth: how far back along the flow, in (0, 1]; less than 1 reverses only part of the way (to t = 1 - depth) and
+            denoises from there.
+        perturbation: standard deviation of Gaussian noise added to the reversed noise (at full depth up to 1 does no
+            harm: reversal finds a good region, not a point).
+
+    Raises:
+        InvalidInputError: a setting is out of range.
+    """
+
+    steps: int = 5
+    solver: Literal["euler", "midpoint", "rk4", "exact"] = "euler"
+    depth: float = 1.0
+    perturbation: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if not (isinstance(self.steps, int) and 1 <= self.steps <= 1000):
+            raise InvalidInputError(f"FlowReversal steps (K) is {self.steps!r}; expected an integer from 1 to 1000.")
+        if self.solver not in ("euler", "midpoint", "rk4", "exact"):
+            raise InvalidInputError(
+                f"FlowReversal solver is {self.solver!r}; expected 'euler', 'midpoint', 'rk4' or 'exact'."
+            )
+        if not 0 < self.depth <= 1:
+            raise InvalidInputError(f"FlowReversal depth is {self.depth!r}; expected a number in (0, 1].")
+        if self.solver == "exact" and self.depth != 1:
+            raise InvalidInputError("exact inversion needs depth 1; choose another solver for a partial reversal.")
+        if not 0 <= self.perturbation <= 10:
+            raise InvalidInputError(f"FlowReversal perturbation is {self.perturbation!r}; expected 0 to 10.")
+
+    def __call__(self, policy: BasePolicy, context: SteeringContext, rng: Rng) -> tuple[Tensor, Tensor]:
+        """Reverse the reference; return its noise at t = 0 (or the state at t = 1 - depth)."""
+        fresh = _fresh(policy, context, rng)
+        reference = context.reference
+        if reference is None:
+            return fresh, fresh.new_zeros(context.batch_size)
+        field = bind(policy, context.features)
+        if self.solver == "exact":
+            reversed_noise = invert(field, reference.chunk, self.steps)
+        else:
+            reversed_noise = reverse(field, reference.chunk, self.steps, self.solver, end=1.0 - self.depth)
+        if self.perturbation:
+            reversed_noise = reversed_noise + self.perturbation * draw_normal(
+                rng, reversed_noise.shape, reversed_noise.device
+            )
+        start = torch.where(reference.active, 1.0 - self.depth, 0.0).to(fresh)
+        kept = reference.spoken if self.depth == 1 else reference.active[:, None, None]
+        return torch.where(kept, reversed_noise, fresh), start
+
+
+@dataclass(frozen=True)
+class PartialNoising:
+    """Noise the reference up to time tau and denoise from there (the SDEdit baseline of arXiv 2606.13675).
+
+    Attributes:
+        tau: x = (1 - tau) eps + tau reference; near 1 trusts the reference, near 0 the prior. The paper finds it very
+            sensitive and sweeps it.
+
+    Raises:
+        InvalidInputError: tau is not in [0, 1).
+    """
+
+    tau: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check tau."""
+        if not 0 <= self.tau < 1:
+            raise InvalidInputError(f"PartialNoising tau is {self.tau!r}; expected a number in [0, 1).")
+
+    def __call__(self, policy: BasePolicy, context: SteeringContext, rng: Rng) -> tuple[Tensor, Tensor]:
+        """Return the noised reference at t = tau, fresh noise at t = 0 where nobody speaks."""
+        fresh = _fresh(policy, context, rng)
+        if context.reference is None:
+            return fresh, fresh.new_zeros(context.batch_size)
+        reference: Reference = context.reference
+        start = torch.where(reference.active, self.tau, 0.0).to(fresh)
+        weight = start[:, None, None] * reference.steered
+        return (1.0 - start)[:, None, None] * fresh + weight * reference.chunk, start

@@ -1,0 +1,256 @@
+"""`SteeredPolicy`: a frozen base policy with a hand on the wheel at up to three places.
+
+    where the flow starts        start      (policy, context, rng) -> (x, t)
+    what is added on the way     guidance   (x, t, v, context) -> v
+    what is done to the result   edit       (chunks, context) -> chunk
+
+Any start composes with any guidance and any edit. A steered policy is itself a base policy, so it can be steered again; a port
+left at None means "as the base does".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from counterflow.errors import InvalidInputError
+from counterflow.flow import denoise
+from counterflow.policies import ActionSpec, BasePolicy, bind
+from counterflow.random import RowGenerators, generator
+from counterflow.steering.context import Reference, SteeringContext
+from counterflow.steering.edit import Edit
+from counterflow.steering.guidance import Guidance
+from counterflow.steering.start import Gaussian, Rng, Start
+
+MAX_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a steered policy decided for a batch of observations, and how it came to it.
+
+    Attributes:
+        actions: (B, H, A) environment units, within the action limits: what to execute.
+        chunk: (B, H, A) the same, normalised.
+        noise: (B, H, A) where the flow started (of the candidate that was kept, where the edit kept one unchanged;
+            otherwise of the first).
+        start_time: (B,) the time at which it started.
+        reference: the reference that was given, or None.
+        noise_percentile: (B,) of the noise's norm under the prior (chi distribution), 0 to 1; near 1 means that the
+            reference lies outside what the prior would do. NaN for rows that start later than t = 0.
+        round_trip_error: (B,) root mean square distance between the reference and what came of it, over the entries it
+            speaks for, normalised units; NaN where nobody spoke.
+        agreement: (B,) cosine between the motion that the reference asked for and the motion that is executed (summed
+            over the chunk, translation only where the layout is known); NaN where nobody spoke.
+        evaluations: how often each observation's field was evaluated.
+    """
+
+    actions: Tensor
+    chunk: Tensor
+    noise: Tensor
+    start_time: Tensor
+    reference: Reference | None
+    noise_percentile: Tensor
+    round_trip_error: Tensor
+    agreement: Tensor
+    evaluations: int
+
+
+class _Counted:
+    """A base policy that counts its field evaluations."""
+
+    def __init__(self, policy: BasePolicy) -> None:
+        self._policy = policy
+        self.action_spec = policy.action_spec
+        self.evaluations = 0
+        if hasattr(policy, "device"):
+            self.device = policy.device
+
+    def encode(self, observation: Any) -> Any:
+        return self._policy.encode(observation)
+
+    def velocity(self, context: Any, x: Tensor, t: Tensor) -> Tensor:
+        self.evaluations += 1
+        return self._policy.velocity(context, x, t)
+
+
+class SteeredPolicy:
+    """A frozen base policy, steered at three ports.
+
+    Args:
+        base: the frozen policy: anything with `action_spec`, `encode` and `velocity`; another steered policy, too.
+        start: where the flow starts; None: fresh noise (or as a steered base does).
+        guidance: what the flow follows; None: the base's velocity.
+        edit: what is done to the result; None: nothing.
+        steps: K, denoising steps from the start to t = 1.
+        solver: "euler" (what flow policies are deployed with), "midpoint" or "rk4".
+
+    Raises:
+        InvalidInputError: steps is out of range.
+    """
+
+    def __init__(
+        self,
+        base: BasePolicy,
+        start: Start | None = None,
+        guidance: Guidance | None = None,
+        edit: Edit | None = None,
+        *,
+        steps: int = 10,
+        solver: str = "euler",
+    ) -> None:
+        if not (isinstance(steps, int) and 1 <= steps <= MAX_STEPS):
+            raise InvalidInputError(f"denoising steps is {steps!r}; expected an integer from 1 to {MAX_STEPS}.")
+        self.base, self.start, self.guidance, self.edit = base, start, guidance, edit
+        self.steps, self.solver = steps, solver
+
+    @property
+    def action_spec(self) -> ActionSpec:
+        """The base policy's action space."""
+        return self.base.action_spec
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the base policy computes on."""
+        return torch.device(getattr(self.base, "device", "cpu"))
+
+    def encode(self, observation: Any, reference: Reference | None = None) -> SteeringContext:
+        """Encode a batch of observations once, together with the reference, for all three ports.
+
+        Args:
+            observation: what the base policy takes, leading dimension B.
+            reference: the coarse reference (B rows), or None.
+
+        Raises:
+            MismatchError: the reference does not fit the observations or the action space.
+        """
+        rows = _rows_of(observation)
+        if reference is not None:
+            reference.check(self.action_spec, rows)
+            device = self.device
+            reference = Reference(
+                reference.chunk.to(device), reference.active.to(device), reference.steered.to(device)
+            )
+        if isinstance(self.base, SteeredPolicy):
+            return SteeringContext(self.base.encode(observation, reference), rows, reference)
+        return SteeringContext(self.base.encode(observation), rows, reference)
+
+    def velocity(self, context: SteeringContext, x: Tensor, t: Tensor) -> Tensor:
+        """Return the guided velocity (B, H, A)."""
+        v = self.base.velocity(context.features, x, t)
+        return v if self.guidance is None else self.guidance(x, t, v, context)
+
+    def begin(self, context: SteeringContext, rng: Rng) -> tuple[Tensor, Tensor]:
+        """Choose where the flow starts: (x (B, H, A), t (B,))."""
+        if self.start is not None:
+            return self.start(self.base, context, rng)
+        if isinstance(self.base, SteeredPolicy):
+            return self.base.begin(context.features, rng)
+        return Gaussian()(self.base, context, rng)
+
+    @property
+    def candidates(self) -> int:
+        """How many candidates are drawn for each observation."""
+        own = 1 if self.edit is None else self.edit.candidates
+        return max(own, self.base.candidates) if isinstance(self.base, SteeredPolicy) else own
+
+    def finish(self, chunks: Tensor, context: SteeringContext) -> Tensor:
+        """Apply the edits, the base's first: (B, N, H, A) to (B, M, H, A)."""
+        if isinstance(self.base, SteeredPolicy):
+            chunks = self.base.finish(chunks, context.features)
+        return chunks if self.edit is None else self.edit(chunks, context)
+
+    @torch.no_grad()
+    def act(
+        self, observation: Any, reference: Reference | Tensor | None = None, rng: Rng | int | None = None
+    ) -> Plan:
+        """Decide on an action chunk for every observation.
+
+        Args:
+            observation: leading dimension B.
+            reference: a `Reference`, or simply a chunk (B, H, A) in normalised units.
+            rng: a torch generator, one generator a row, or a seed; None draws a seed from torch's global generator.
+
+        Returns:
+            The plan: actions in environment units, and how they came about.
+
+        Raises:
+            InvalidInputError: observation or reference holds values that can't be right.
+            MismatchError: shapes don't fit.
+        """
+        if isinstance(reference, Tensor):
+            reference = Reference.of(reference)
+        if rng is None or isinstance(rng, int):
+            rng = generator(int(torch.randint(2**31 - 1, ()))) if rng is None else generator(rng)
+        context = self.encode(observation, reference)
+        policy, counter = self._counted()
+        copies = self.candidates
+        wide = context.repeat_interleave(copies) if copies > 1 else context
+        noise, start_time = policy.begin(wide, rng)
+        states = denoise(bind(policy, wide), noise, self.steps, self.solver, start=start_time)
+        candidates = states.unflatten(0, (-1, copies))
+        chunk = self.finish(candidates, context)[:, 0]
+        kept = (candidates == chunk[:, None]).flatten(2).all(-1).int().argmax(1)
+        rows = torch.arange(len(kept), device=kept.device)
+
+        actions = self.action_spec.limit(self.action_spec.denormalise(chunk))
+        plan = Plan(
+            actions=actions,
+            chunk=self.action_spec.normalise(actions),
+            noise=noise.unflatten(0, (-1, copies))[rows, kept],
+            start_time=start_time.unflatten(0, (-1, copies))[rows, kept],
+            reference=context.reference,
+            noise_percentile=chunk.new_empty(0),
+            round_trip_error=chunk.new_empty(0),
+            agreement=chunk.new_empty(0),
+            evaluations=counter.evaluations * copies,
+        )
+        return _with_diagnostics(plan, self.action_spec)
+
+    def _counted(self) -> tuple[SteeredPolicy, _Counted]:
+        """Return this policy over a base that counts, and the count."""
+        if isinstance(self.base, SteeredPolicy):
+            base: BasePolicy
+            base, counter = self.base._counted()
+        else:
+            base = counter = _Counted(self.base)
+        steered = SteeredPolicy(base, self.start, self.guidance, self.edit, steps=self.steps, solver=self.solver)
+        return steered, counter
+
+
+def _rows_of(observation: Tensor | npt.NDArray[Any] | dict[str, Any]) -> int:
+    """Return B: the leading dimension of an observation, or of the first entry of a dictionary of them."""
+    first = next(iter(observation.values())) if isinstance(observation, dict) else observation
+    shape = np.shape(first)
+    if not shape:
+        raise InvalidInputError("an observation has no batch dimension; expected (B, ...). Add one with [None].")
+    return int(shape[0])
+
+
+def _with_diagnostics(plan: Plan, spec: ActionSpec) -> Plan:
+    """Fill in how far the plan's noise and result are from what the prior and the reference would have."""
+    size = plan.noise[0].numel()
+    # A sum of `size` squared standard normals: chi-square, whose distribution function is the regularised gamma function.
+    half_square = plan.noise.double().square().flatten(1).sum(1) / 2
+    percentile = torch.special.gammainc(torch.full_like(half_square, size / 2), half_square).to(plan.noise)
+    percentile = torch.where(plan.start_time > 0, torch.nan, percentile)
+    nothing = torch.full_like(percentile, torch.nan)
+    if plan.reference is None:
+        return replace(plan, noise_percentile=percentile, round_trip_error=nothing, agreement=nothing)
+    spoken = plan.reference.spoken
+    difference = (plan.chunk - plan.reference.chunk).square() * spoken
+    error = (difference.flatten(1).sum(1) / spoken.flatten(1).sum(1)).sqrt()
+    motion = torch.ones(spec.dim, dtype=torch.bool, device=spoken.device)
+    if spec.layout is not None:
+        motion[:] = False
+        motion[list(spec.layout.translation)] = True
+    wanted = (spec.denormalise(plan.reference.chunk) * spoken)[..., motion].sum(1)
+    executed = (plan.actions * spoken)[..., motion].sum(1)
+    agreement = torch.cosine_similarity(wanted, executed, dim=-1)
+    agreement = torch.where(plan.reference.active & (wanted.abs().sum(-1) > 0), agreement, nothing)
+    return replace(plan, noise_percentile=percentile, round_trip_error=error, agreement=agreement)

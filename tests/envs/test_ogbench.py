@@ -1,0 +1,120 @@
+"""Real environments, stepped for a few steps."""
+
+import numpy as np
+import pytest
+
+from counterflow.envs import RenderSettings, env_names, families, family_of, make_env
+from counterflow.envs.ogbench import FAMILIES, OGBenchEnv
+from counterflow.errors import InvalidInputError, RenderingError, UnknownNameError
+
+SMALL = RenderSettings(width=64, height=48)
+
+
+def rollout(env: OGBenchEnv, seed: int, steps: int = 12) -> np.ndarray:
+    actions = np.random.default_rng(seed).uniform(-1, 1, (steps, 5))
+    first = env.reset(seed).observation
+    return np.stack([first, *(env.step(action).observation for action in actions)])
+
+
+def test_every_family_has_five_tasks() -> None:
+    assert len(env_names()) == 5 * len(FAMILIES) == 50
+    assert len(families()) == len(FAMILIES)
+    assert family_of("ogbench/puzzle-4x5-task3") == "ogbench/puzzle-4x5"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_steps(family: str) -> None:
+    env = OGBenchEnv(f"ogbench/{family}-task2")
+    moment = env.reset(0)
+    assert moment.observation.shape == (env.spec.observation_dim,)
+    assert moment.observation.dtype == np.float32
+    after = env.step(np.zeros(5))
+    assert np.isfinite(after.observation).all()
+    assert any(name.startswith("goal/") for name in after.privileged)
+    assert all(value.ndim == 1 and value.dtype == np.float64 for value in after.privileged.values())
+    env.close()
+
+
+@pytest.mark.parametrize("name", ["ogbench/cube-double-task4", "ogbench/scene-task5", "ogbench/puzzle-3x3-task2"])
+def test_an_episode_depends_on_its_seed_alone(name: str) -> None:
+    veteran = OGBenchEnv(name)
+    rollout(veteran, 7, steps=40)
+    rollout(veteran, 8, steps=15)
+    fresh = OGBenchEnv(name)
+    np.testing.assert_array_equal(rollout(veteran, 3), rollout(fresh, 3))
+    assert not np.array_equal(rollout(veteran, 3), rollout(veteran, 4))
+
+
+def test_spec_tells_the_time_limit_and_the_episode_ends_there() -> None:
+    env = OGBenchEnv("ogbench/cube-single-task1")
+    env.reset(0)
+    moments = [env.step(np.zeros(5)) for _ in range(env.spec.max_episode_steps)]
+    assert env.spec.max_episode_steps == 200
+    assert [moment.truncated for moment in moments].index(True) == 199
+
+
+def test_goal_of_a_slide_is_where_its_handle_will_be() -> None:
+    env = OGBenchEnv("ogbench/scene-task1")
+    before = env.reset(0).privileged
+    env._env._data.joint("drawer_slide").qpos[0] = before["goal/drawer_pos"][0]
+    env._env._data.joint("window_slide").qpos[0] = before["goal/window_pos"][0]
+    import mujoco
+
+    mujoco.mj_forward(env._env._model, env._env._data)
+    after = env._privileged(env._env.get_step_info())
+    for slide in ("drawer", "window"):
+        np.testing.assert_allclose(
+            before[f"goal/{slide}_handle_pos"], after[f"privileged/{slide}_handle_pos"], atol=2e-3
+        )
+
+
+@pytest.mark.parametrize(
+    "action", [np.zeros(4), np.full(5, np.nan), np.array([0, 0, 0, 0, 1.5]), np.array([np.inf, 0, 0, 0, 0])]
+)
+def test_actions_that_cannot_be_right_are_refused(action: np.ndarray) -> None:
+    env = OGBenchEnv("ogbench/cube-single-task1")
+    env.reset(0)
+    with pytest.raises(InvalidInputError, match="expected 5 finite numbers"):
+        env.step(action)
+
+
+def test_unknown_names_suggest_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match="cube-single-task1"):
+        make_env("ogbench/cube-singel-task1")
+    with pytest.raises(InvalidInputError, match="scene-task1.*scene-task5"):
+        make_env("ogbench/scene")
+
+
+def test_rendering_quality_and_camera() -> None:
+    env = OGBenchEnv("ogbench/cube-single-task1", SMALL)
+    moment = env.reset(1)
+    frame = env.render()
+    assert frame.shape == (48, 64, 3)
+    assert frame.dtype == np.uint8
+    assert frame.std() > 10
+    # The red cube must be where the camera says that it is.
+    column, row = env.camera().project(moment.privileged["privileged/block_0_pos"][None])[0]
+    patch = frame[int(row) - 2 : int(row) + 3, int(column) - 2 : int(column) + 3].reshape(-1, 3).astype(int)
+    assert ((patch[:, 0] - patch[:, 1:].max(1)) > 60).any()
+    env.close()
+    with pytest.raises(RenderingError, match="without rendering"):
+        OGBenchEnv("ogbench/cube-single-task1").render()
+
+
+def test_fast_frames_differ_from_dataset_frames_only_in_shadows_and_edges() -> None:
+    frames = []
+    for quality in ("fast", "dataset"):
+        env = OGBenchEnv("ogbench/cube-single-task1", RenderSettings(64, 64, quality))
+        env.reset(1)
+        frames.append(env.render().astype(int))
+        assert (env._env.model.vis.quality.shadowsize == 0) == (quality == "fast")
+        env.close()
+    difference = np.abs(frames[0] - frames[1])
+    assert 0 < difference.mean() < 25
+
+
+def test_render_settings_are_checked() -> None:
+    with pytest.raises(InvalidInputError, match="16 to 4096"):
+        RenderSettings(width=4)
+    with pytest.raises(InvalidInputError, match="quality"):
+        RenderSettings(quality="best")  # type: ignore[arg-type]

@@ -1,0 +1,50 @@
+"""The choice of a drawing library, with and without one on the machine."""
+
+import ctypes.util
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from counterflow.envs import CameraView
+from counterflow.envs.rendering import available_backends, prepare_backend, require_backend
+from counterflow.errors import RenderingError
+
+
+def test_without_any_library_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
+    assert available_backends() == []
+    with pytest.raises(RenderingError, match="apt-get install libegl1"):
+        require_backend()
+    assert prepare_backend() is None
+    assert "MUJOCO_GL" not in os.environ
+
+
+def test_egl_comes_before_osmesa_and_a_users_choice_before_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes.util, "find_library", lambda name: f"lib{name}.so")
+    monkeypatch.setenv("MUJOCO_GL", "")
+    monkeypatch.setenv("PYOPENGL_PLATFORM", "")
+    assert prepare_backend() == "egl"
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    assert prepare_backend() == "osmesa"
+
+
+def test_rendering_after_a_careless_import_of_mujoco_is_refused_rather_than_fatal() -> None:
+    script = (
+        "import mujoco; from counterflow.envs.ogbench import OGBenchEnv; from counterflow.envs import RenderSettings\n"
+        "OGBenchEnv('ogbench/cube-single-task1', RenderSettings(32, 32))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("MUJOCO_GL", "DISPLAY")}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "mujoco was imported before" in done.stderr
+
+
+def test_projection_of_a_point_straight_ahead_and_one_behind() -> None:
+    camera = CameraView(np.array([0.0, 0.0, 2.0]), np.eye(3), fovy=90.0, width=200, height=100)
+    pixels = camera.project([[0, 0, 0], [2, 0, 0], [0, 1, 0], [0, 0, 3]])
+    np.testing.assert_allclose(pixels[:3], [[100, 50], [150, 50], [100, 25]])
+    assert np.isnan(pixels[3]).all()
