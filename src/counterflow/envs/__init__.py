@@ -1,6 +1,6 @@
 """Environments: one file a benchmark, all behind `make_env`. Nothing here imports torch."""
 
-from counterflow.envs.registry import check_env_name, env_names, families, family_of, make_env
+from counterflow.envs.registry import check_env_name, describe, env_names, families, family_of, make_env
 from counterflow.envs.types import (
     ActionMeaning,
     Batch,
@@ -24,6 +24,7 @@ __all__ = [
     "TaskEnv",
     "VectorEnv",
     "check_env_name",
+    "describe",
     "env_names",
     "families",
     "family_of",

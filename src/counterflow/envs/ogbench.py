@@ -80,7 +80,8 @@ class OGBenchEnv:
         from gymnasium.spaces import Box
 
         spec = gymnasium.spec(f"{self._family}-singletask-task{task}-v0")
-        assert isinstance(spec.entry_point, str) and spec.max_episode_steps is not None
+        assert isinstance(spec.entry_point, str)
+        assert spec.max_episode_steps is not None
         base: Any = load_env_creator(spec.entry_point)
 
         class Seeded(base):  # type: ignore[misc]
@@ -139,7 +140,9 @@ class OGBenchEnv:
     def render(self) -> Image:
         """Draw the present state: (height, width, 3) uint8."""
         if self._render is None:
-            raise RenderingError(f"{self._name} was made without rendering; pass `render=RenderSettings(...)` to make_env.")
+            raise RenderingError(
+                f"{self._name} was made without rendering; pass `render=RenderSettings(...)` to make_env."
+            )
         try:
             if not self._drawn_before and self._render.quality == "fast":
                 # The shadow map and multisampling cost ten times the rest in software; both are read when the context is made.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from counterflow.envs import ogbench
-from counterflow.envs.types import RenderSettings, TaskEnv
+from counterflow.envs.types import EnvSpec, RenderSettings, TaskEnv
 from counterflow.envs.vector import VectorEnv
 from counterflow.errors import InvalidInputError, UnknownNameError
 from counterflow.random import check_seed
@@ -43,6 +43,24 @@ def check_env_name(name: str) -> str:
     if tasks:
         raise InvalidInputError(f"{name!r} is a family of tasks, expected one of its tasks: {', '.join(tasks)}.")
     raise UnknownNameError("environment", name, known)
+
+
+def describe(name: str) -> EnvSpec:
+    """Describe an environment, or the first task of a family, by its full name.
+
+    Raises:
+        UnknownNameError: no such environment or family; the nearest names are suggested.
+    """
+    known = env_names()
+    tasks = [other for other in known if name in (other, family_of(other))]
+    if not tasks:
+        raise UnknownNameError("environment or family", name, [*known, *families()])
+    _, make_task = _BENCHMARKS[tasks[0].split("/")[0]]
+    env = make_task(tasks[0], None)
+    try:
+        return env.spec
+    finally:
+        env.close()
 
 
 def make_env(

@@ -12,6 +12,7 @@ import os
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -178,11 +179,12 @@ class VectorEnv:
             # "spawn" gives workers a clean start: a fork would carry the caller's threads' locks with it.
             context = multiprocessing.get_context("spawn")
             edges = np.linspace(0, len(makers), min(workers, len(makers)) + 1).astype(int).tolist()
-            for first, last in zip(edges[:-1], edges[1:], strict=True):
+            for first, last in pairwise(edges):
                 self._workers.append(_Worker(context, makers[first:last], first))
             for worker in self._workers:
                 worker.send("spec")
-            self.spec = [worker.receive() for worker in self._workers][0]
+            specs = [worker.receive() for worker in self._workers]  # all answer, so that no pipe holds an old one
+            self.spec = specs[0]
         except BaseException:
             self.close()
             raise

@@ -36,12 +36,12 @@ class PickAndPlace:
         effector = view["proprio/effector_pos"]
         near = np.abs((cube - effector)[:2]).max() < self.grasp_aligned and abs(cube[2] - effector[2]) < 0.03
         if near and view["proprio/gripper_contact"][0] > 0.3:
-            return self._carry(effector, cube, goal)
+            return self._carry(cube, goal)
         if near and cube[2] - effector[2] > -self.grasp_height:
             return still("close")
         return approach(effector, cube, clearance=self.clearance, aligned=self.grasp_aligned, gripper="open")
 
-    def _carry(self, effector: Point, cube: Point, goal: Point) -> Direction:
+    def _carry(self, cube: Point, goal: Point) -> Direction:
         offset = goal - cube
         if np.abs(offset[:2]).max() > self.place_aligned:
             if cube[2] < goal[2] + self.clearance:
@@ -95,8 +95,12 @@ def next_cube(cubes: npt.NDArray[np.float64], goals: npt.NDArray[np.float64]) ->
     if not wrong:
         return None
     # Every cube waits for another: put one that is in the way aside, on a free spot of the table.
-    on_top = [i for i in range(len(cubes)) if not any(_stands_on(cubes[j], cubes[i]) for j in range(len(cubes)) if j != i)]
-    index = next((i for i in on_top if any(_distance(cubes[i], goals[j]) <= CUBE_SIZE for j in wrong if j != i)), on_top[0])
+    on_top = [
+        i for i in range(len(cubes)) if not any(_stands_on(cubes[j], cubes[i]) for j in range(len(cubes)) if j != i)
+    ]
+    index = next(
+        (i for i in on_top if any(_distance(cubes[i], goals[j]) <= CUBE_SIZE for j in wrong if j != i)), on_top[0]
+    )
     taken = np.concatenate([cubes, goals])[:, None, :2]
     room = np.linalg.norm(taken - FREE_SPOTS[None, :, :2], axis=-1).min(axis=0)
     return index, FREE_SPOTS[int(room.argmax())]

@@ -23,9 +23,7 @@ def still(gripper: GripperCommand) -> Direction:
     return Direction((0, 0, 0), 1.0, gripper)
 
 
-def approach(
-    effector: Point, target: Point, *, clearance: float, aligned: float, gripper: GripperCommand
-) -> Direction:
+def approach(effector: Point, target: Point, *, clearance: float, aligned: float, gripper: GripperCommand) -> Direction:
     """Go over `target` at a safe height, then down on it.
 
     Args:

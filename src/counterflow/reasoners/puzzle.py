@@ -50,7 +50,9 @@ def solve_lights_out(difference: npt.NDArray[np.int64], rows: int, columns: int)
             system[other] ^= system[rank]
         pivots.append(column)
     if system[len(pivots) :, -1].any():
-        raise InvalidInputError(f"no presses turn this {rows} x {columns} puzzle into its goal; check the goal pattern.")
+        raise InvalidInputError(
+            f"no presses turn this {rows} x {columns} puzzle into its goal; check the goal pattern."
+        )
     free = [column for column in range(size) if column not in pivots]
     best = None
     for combination in range(2 ** len(free)):  # at most 2^4 on these grids
@@ -81,9 +83,7 @@ class ButtonPress:
         if view[f"privileged/button_{button}_pos"][0] < -0.015:
             return Direction((0, 0, 1), 1.0, "close")
         bottom = top - np.array([0.0, 0.0, 0.025])
-        return approach(
-            effector, bottom, clearance=self._clearance + 0.025, aligned=self._aligned, gripper="close"
-        )
+        return approach(effector, bottom, clearance=self._clearance + 0.025, aligned=self._aligned, gripper="close")
 
 
 class PuzzleReasoner:
@@ -103,7 +103,7 @@ class PuzzleReasoner:
         if not difference.any():
             return Direction((0, 0, 1), 1.0, "close")
         presses = np.flatnonzero(solve_lights_out(difference, *GRIDS[len(difference)]))
-        if self._button not in presses:
+        if self._button is None or self._button not in presses:
             effector = view["proprio/effector_pos"]
             travel = [np.linalg.norm((view[f"privileged/button_{b}_top_pos"] - effector)[:2]) for b in presses]
             self._button = int(presses[int(np.argmin(travel))])

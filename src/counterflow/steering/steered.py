@@ -21,7 +21,7 @@ from torch import Tensor
 from counterflow.errors import InvalidInputError
 from counterflow.flow import denoise
 from counterflow.policies import ActionSpec, BasePolicy, bind
-from counterflow.random import RowGenerators, generator
+from counterflow.random import generator
 from counterflow.steering.context import Reference, SteeringContext
 from counterflow.steering.edit import Edit
 from counterflow.steering.guidance import Guidance
@@ -133,9 +133,7 @@ class SteeredPolicy:
         if reference is not None:
             reference.check(self.action_spec, rows)
             device = self.device
-            reference = Reference(
-                reference.chunk.to(device), reference.active.to(device), reference.steered.to(device)
-            )
+            reference = Reference(reference.chunk.to(device), reference.active.to(device), reference.steered.to(device))
         if isinstance(self.base, SteeredPolicy):
             return SteeringContext(self.base.encode(observation, reference), rows, reference)
         return SteeringContext(self.base.encode(observation), rows, reference)
@@ -166,9 +164,7 @@ class SteeredPolicy:
         return chunks if self.edit is None else self.edit(chunks, context)
 
     @torch.no_grad()
-    def act(
-        self, observation: Any, reference: Reference | Tensor | None = None, rng: Rng | int | None = None
-    ) -> Plan:
+    def act(self, observation: Any, reference: Reference | Tensor | None = None, rng: Rng | int | None = None) -> Plan:
         """Decide on an action chunk for every observation.
 
         Args:

@@ -1,0 +1,223 @@
+"""Training a prior by behaviour cloning: data in, a run folder with a policy out, resumable to the same numbers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from counterflow.data import ChunkSampler, EpisodeDataset
+from counterflow.envs import EnvSpec, describe
+from counterflow.errors import DatasetError, InvalidInputError, MismatchError, TrainingError
+from counterflow.experiments.evaluate import machine
+from counterflow.experiments.run import Run
+from counterflow.learning import BCConfig, BCLearner
+from counterflow.policies import ActionLayout, ActionSpec, FlowPolicy, Normaliser, load, save
+from counterflow.random import check_seed, child_seed, generator
+
+VALIDATION_CHUNKS = 16_384
+VALIDATION_BATCH = 4_096
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training is.
+
+    Attributes:
+        step: updates done.
+        steps: updates in all.
+        loss: mean training loss since the last report.
+        validation_loss: of the averaged weights on held-out episodes, when last computed.
+        seconds: wall-clock time of this session.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    validation_loss: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of a training.
+
+    Attributes:
+        path: the policy's file.
+        validation_loss: of the policy, on held-out episodes.
+        seconds: wall-clock time of the updates in this session, compilation included.
+        steps_done: updates in this session: fewer than all after an interruption, 0 if the run was finished.
+    """
+
+    path: Path
+    validation_loss: float
+    seconds: float
+    steps_done: int
+
+
+def train_bc(
+    data: Path | str,
+    env: str,
+    run: Path | str,
+    config: BCConfig | None = None,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    validate_every: int = 1000,
+    checkpoint_every: int = 1000,
+    report_every: int = 100,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Trained:
+    """Train a prior on a dataset in OGBench's layout; called again after an interruption, go on with the same numbers.
+
+    Args:
+        data: the archive; held-out episodes are read from `X-val.npz` beside it, or split off.
+        env: an environment, or a family of them, that says what the actions mean, for example "ogbench/cube-single".
+        run: the run's folder.
+        config: settings of the learning.
+        seed: from which initial weights, batches and draws descend.
+        device: where to train.
+        validate_every: updates between two validation losses.
+        checkpoint_every: updates between two checkpoints.
+        report_every: updates between two reports.
+        on_progress: called at each report.
+
+    Raises:
+        DatasetError: the dataset is damaged, or not in the expected layout.
+        MismatchError: dataset and environment don't fit.
+        TrainingError: the run's folder holds another run, or the loss is not finite any more.
+        StorageError: a file can't be written; the last checkpoint is safe.
+    """
+    config = BCConfig() if config is None else config
+    for name, value in (
+        ("validate_every", validate_every),
+        ("checkpoint_every", checkpoint_every),
+        ("report_every", report_every),
+    ):
+        if value < 1:
+            raise InvalidInputError(f"{name} is {value}; expected 1 or more updates.")
+    data, device = Path(data), torch.device(device)
+    spec = describe(env)
+    settings = {"algorithm": "bc", "data": str(data), "env": spec.family, "seed": check_seed(seed), **asdict(config)}
+    training, held_out = EpisodeDataset.load_with_validation(data, seed=seed)
+    check_dataset(training, spec, data)
+    with Run(run, settings) as folder:
+        policy = make_policy(training, spec, config, seed).to(device)
+        learner = BCLearner(policy, config, seed)
+        rng = generator(child_seed(seed, "batches"), device)
+        state = folder.load_state()
+        if state is not None:
+            rng.set_state(state.pop("batches"))
+            learner.restore(state)
+        first = learner.step
+        if first >= config.steps and folder.policy_path.exists():
+            finished = load(folder.policy_path)
+            return Trained(folder.policy_path, finished.provenance["validation_loss"], 0.0, 0)
+        folder.forget_after(first)
+        sampler = ChunkSampler(training, config.horizon, device)
+        validation = list(ChunkSampler(held_out, config.horizon, device).ordered(VALIDATION_BATCH, VALIDATION_CHUNKS))
+        provenance = {
+            "algorithm": "bc",
+            "data": _describe_data(data, training, held_out),
+            "seed": seed,
+            "settings": asdict(config),
+            "precision": learner.precision,
+            "machine": machine(),
+        }
+
+        def checkpoint(validation_loss: float) -> None:
+            learner.averaged.provenance = {**provenance, "steps": learner.step, "validation_loss": validation_loss}
+            save(learner.averaged, folder.policy_path)
+            folder.save_state({**learner.state(), "batches": rng.get_state()})
+
+        began = time.perf_counter()
+        losses: list[torch.Tensor] = []
+        validation_loss = learner.validation_loss(validation, seed)
+        while learner.step < config.steps:
+            losses.append(learner.update(sampler.sample(config.batch_size, rng)))
+            step, last = learner.step, learner.step == config.steps
+            if step % validate_every == 0 or last:
+                validation_loss = learner.validation_loss(validation, seed)
+                folder.report(step, validation_loss=validation_loss)
+            if step % report_every == 0 or last:
+                loss = float(torch.stack(losses).mean())
+                losses.clear()
+                _check_finite(loss, step, folder)
+                folder.report(step, loss=loss)
+                if on_progress is not None:
+                    seconds = time.perf_counter() - began
+                    on_progress(Progress(step, config.steps, loss, validation_loss, seconds))
+            if step % checkpoint_every == 0 or last:
+                checkpoint(validation_loss)
+        return Trained(folder.policy_path, validation_loss, time.perf_counter() - began, config.steps - first)
+
+
+def make_policy(dataset: EpisodeDataset, spec: EnvSpec, config: BCConfig, seed: int) -> FlowPolicy:
+    """Make an untrained policy for an environment, normalised by a dataset; its weights descend from `seed`."""
+    observations = torch.from_numpy(dataset.gather("observations").astype("float32"))
+    actions = torch.from_numpy(dataset.gather("actions").astype("float32"))
+    meaning = spec.action_meaning
+    action_spec = ActionSpec(
+        horizon=config.horizon,
+        dim=spec.action_dim,
+        low=spec.action_low,
+        high=spec.action_high,
+        normaliser=Normaliser.fit(actions, config.action_normalisation),
+        layout=ActionLayout(meaning.translation, meaning.rotation, meaning.gripper, meaning.gripper_close_sign),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(child_seed(seed, "weights"))
+        normaliser = Normaliser.fit(observations, config.observation_normalisation)
+        return FlowPolicy(config.network, normaliser, action_spec, spec.family)
+
+
+def check_dataset(dataset: EpisodeDataset, spec: EnvSpec, path: Path) -> None:
+    """Check that a dataset is one of this environment.
+
+    Raises:
+        MismatchError: observations or actions have another size.
+        DatasetError: actions lie outside the environment's limits.
+    """
+    expected = (spec.observation_dim,), spec.action_dim
+    if (dataset.observation_shape, dataset.action_dim) != expected:
+        raise MismatchError(
+            f"{path} has observations {dataset.observation_shape} and actions ({dataset.action_dim},); {spec.family} has "
+            f"{expected[0]} and ({expected[1]},). Use the environment that the data were collected in."
+        )
+    actions = dataset.gather("actions")
+    if (actions < min(spec.action_low) - 1e-4).any() or (actions > max(spec.action_high) + 1e-4).any():
+        raise DatasetError(
+            f"{path} has actions from {actions.min():.3g} to {actions.max():.3g}; {spec.family} takes "
+            f"{min(spec.action_low):g} to {max(spec.action_high):g}. The data are in other units."
+        )
+
+
+def _check_finite(loss: float, step: int, folder: Run) -> None:
+    if loss == loss and abs(loss) != float("inf"):
+        return
+    raise TrainingError(
+        f"the loss is {loss} at update {step}. The last checkpoint in {folder.checkpoints} is safe; lower the learning rate "
+        "or clip gradients, in a new run."
+    )
+
+
+def _describe_data(path: Path, training: EpisodeDataset, held_out: EpisodeDataset) -> dict[str, Any]:
+    """Say what the data are: the recipe, where one lies beside them, and how much there is."""
+    import json
+
+    beside = path.with_suffix(".json")
+    try:
+        recipe = json.loads(beside.read_text())
+    except (OSError, ValueError):
+        recipe = None
+    return {
+        "file": path.name,
+        "episodes": training.num_episodes,
+        "transitions": training.num_steps,
+        "held_out_episodes": held_out.num_episodes,
+        "made_by": recipe,
+    }

@@ -1,0 +1,71 @@
+"""Putting files in place whole or not at all: a kill or a full disk never costs what stood there before."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from counterflow.errors import StorageError
+
+
+@contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside `path` for the block to write; rename it to `path` when the block succeeds.
+
+    The content reaches the disk before the name does, so after a power cut, too, `path` holds all of one version.
+
+    Yields:
+        The temporary path: hidden, in the same folder, with the same suffix. Gone afterwards, whatever happens.
+
+    Raises:
+        StorageError: writing or renaming failed; what stood at `path` before is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise storage_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """Return the error that says why `path` could not be written and what to do."""
+    reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+    return StorageError(
+        f"can't write {path}: {reason}. Free some room or choose another place; a file that stood there before is "
+        "untouched."
+    )
+
+
+def write_json(path: Path | str, content: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Write json to `path` whole or not at all.
+
+    Raises:
+        StorageError: the file can't be written; what stood there before is untouched.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    if os.name != "posix" and path.is_dir():
+        return  # only POSIX systems let a folder be opened
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

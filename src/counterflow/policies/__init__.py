@@ -1,0 +1,26 @@
+"""Base policies: what can be steered."""
+
+from counterflow.policies.base import ActionLayout, ActionSpec, BasePolicy, Context, FieldPolicy, bind, repeat_context
+from counterflow.policies.checkpoint import load, save, shipped_priors
+from counterflow.policies.flow_policy import FlowPolicy, NetworkConfig
+from counterflow.policies.networks import MLPNetwork, TransformerNetwork
+from counterflow.policies.normalisation import NormalisationKind, Normaliser
+
+__all__ = [
+    "ActionLayout",
+    "ActionSpec",
+    "BasePolicy",
+    "Context",
+    "FieldPolicy",
+    "FlowPolicy",
+    "MLPNetwork",
+    "NetworkConfig",
+    "NormalisationKind",
+    "Normaliser",
+    "TransformerNetwork",
+    "bind",
+    "load",
+    "repeat_context",
+    "save",
+    "shipped_priors",
+]

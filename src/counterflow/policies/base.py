@@ -1,0 +1,190 @@
+"""What a base policy is: an action space, an encoder that runs once an observation, and a velocity. No more.
+
+A small MLP, a transformer and a vision-language-action model differ in nothing else, so all that steers them is written
+against this file alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from counterflow.errors import InvalidInputError, MismatchError
+from counterflow.flow import Field
+from counterflow.policies.normalisation import Normaliser
+
+Context = Any
+"""Whatever `encode` returns: a tensor, or a pytree of tensors, whose leading dimension is the batch."""
+
+
+@dataclass(frozen=True)
+class ActionLayout:
+    """Which dimensions of an action do what, so that a direction in words can be written into an action.
+
+    Attributes:
+        translation: the dimensions that move the end effector along world x, y and z.
+        rotation: the dimensions that turn it.
+        gripper: the dimension that moves the gripper, or None.
+        gripper_close_sign: +1 if positive values close the gripper, -1 if they open it.
+    """
+
+    translation: tuple[int, ...]
+    rotation: tuple[int, ...] = ()
+    gripper: int | None = None
+    gripper_close_sign: int = 1
+
+
+@dataclass(frozen=True)
+class ActionSpec:
+    """A policy's action space: the size of a chunk, its limits, and the way between environment and normalised units.
+
+    Attributes:
+        horizon: H, actions in a chunk.
+        dim: A, the dimension of an action.
+        low: (A,) lowest action in environment units; None: unlimited.
+        high: (A,) highest action in environment units; None: unlimited.
+        normaliser: from environment units to the policy's; None: they are the same.
+        layout: which dimension does what; None: unknown (references must then be given as chunks, not directions).
+
+    Raises:
+        InvalidInputError: a size is not positive, or limits or layout don't fit the dimension.
+    """
+
+    horizon: int
+    dim: int
+    low: tuple[float, ...] | None = None
+    high: tuple[float, ...] | None = None
+    normaliser: Normaliser | None = None
+    layout: ActionLayout | None = None
+
+    def __post_init__(self) -> None:
+        """Check that everything fits together."""
+        if self.horizon < 1 or self.dim < 1:
+            raise InvalidInputError(
+                f"an action chunk of {self.horizon} x {self.dim} was described; expected 1 x 1 or more."
+            )
+        for name, limit in (("low", self.low), ("high", self.high)):
+            if limit is not None and len(limit) != self.dim:
+                raise InvalidInputError(f"{name} has {len(limit)} entries; the action has {self.dim} dimensions.")
+        if (
+            self.low is not None
+            and self.high is not None
+            and any(a >= b for a, b in zip(self.low, self.high, strict=True))
+        ):
+            raise InvalidInputError(f"the limits are low {self.low} and high {self.high}; expected low below high.")
+        if self.normaliser is not None and self.normaliser.dim != self.dim:
+            raise InvalidInputError(
+                f"the normaliser is for {self.normaliser.dim} dimensions; the action has {self.dim}."
+            )
+        if self.layout is not None:
+            gripper = () if self.layout.gripper is None else (self.layout.gripper,)
+            named = (*self.layout.translation, *self.layout.rotation, *gripper)
+            if any(not 0 <= index < self.dim for index in named) or len({*named}) != len(named):
+                raise InvalidInputError(
+                    f"the layout names dimensions {named}; expected different ones from 0 to {self.dim - 1}."
+                )
+
+    def normalise(self, actions: Tensor) -> Tensor:
+        """Bring actions (..., A) from environment units to the policy's."""
+        return actions if self.normaliser is None else self.normaliser.normalise(actions)
+
+    def denormalise(self, actions: Tensor) -> Tensor:
+        """Bring actions (..., A) from the policy's units to the environment's."""
+        return actions if self.normaliser is None else self.normaliser.denormalise(actions)
+
+    def limit(self, actions: Tensor) -> Tensor:
+        """Clip actions (..., A), environment units, to the limits."""
+        if self.low is not None:
+            actions = torch.maximum(actions, torch.as_tensor(self.low, dtype=actions.dtype, device=actions.device))
+        if self.high is not None:
+            actions = torch.minimum(actions, torch.as_tensor(self.high, dtype=actions.dtype, device=actions.device))
+        return actions
+
+
+@runtime_checkable
+class BasePolicy(Protocol):
+    """A frozen flow policy.
+
+    Optional attributes that are used where they exist: `device` (where it computes), `observation_dim` (checked against
+    the environment).
+    """
+
+    @property
+    def action_spec(self) -> ActionSpec:
+        """The action space."""
+        ...
+
+    def encode(self, observation: Any) -> Context:
+        """Compute, once, whatever the velocity needs of an observation (leading dimension B)."""
+        ...
+
+    def velocity(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
+        """Return the velocity (B, H, A) at state x (B, H, A), normalised, and time t (B,); t = 0 is noise."""
+        ...
+
+
+def bind(policy: BasePolicy, context: Context) -> Field:
+    """Return the policy's velocity field for one context: a function of (x, t)."""
+
+    def field(x: Tensor, t: Tensor) -> Tensor:
+        return policy.velocity(context, x, t)
+
+    return field
+
+
+def repeat_context(context: Context, copies: int) -> Context:
+    """Repeat every row of a context `copies` times, neighbours together; whatever isn't a tensor is kept."""
+    if hasattr(context, "repeat_interleave") and not isinstance(context, Tensor):
+        return context.repeat_interleave(copies)
+    return tree_map(lambda leaf: leaf.repeat_interleave(copies, 0) if isinstance(leaf, Tensor) else leaf, context)
+
+
+class FieldPolicy:
+    """Your own flow policy, as it is: a module called `field(x, t, observation)`, and its action space.
+
+    Args:
+        field: called with x (B, H, A), t (B,) and what `encode` returned; returns the velocity (B, H, A) in this library's
+            convention, t = 0 noise and t = 1 action. If yours has it the other way round, pass
+            `lambda x, t, o: -field(x, 1 - t, o)`.
+        action_spec: horizon, dimension, limits, normalisation and layout of its actions.
+        encode: what to compute once an observation, for example normalisation or a vision backbone; None: nothing.
+        device: where it computes; None: where its parameters lie, else the CPU.
+    """
+
+    def __init__(
+        self,
+        field: Callable[[Tensor, Tensor, Context], Tensor],
+        action_spec: ActionSpec,
+        encode: Callable[[Any], Context] | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self._field, self._encode, self.action_spec = field, encode, action_spec
+        if device is None:
+            parameter = next(field.parameters(), None) if isinstance(field, nn.Module) else None
+            device = "cpu" if parameter is None else parameter.device
+        self.device = torch.device(device)
+
+    def encode(self, observation: Any) -> Context:
+        """Move a tensor to the device and apply what was given as `encode`."""
+        if isinstance(observation, Tensor):
+            observation = observation.to(self.device)
+        return observation if self._encode is None else self._encode(observation)
+
+    def velocity(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
+        """Call the field.
+
+        Raises:
+            MismatchError: it returned something that is not shaped like x.
+        """
+        velocity = self._field(x, t, context)
+        if velocity.shape != x.shape:
+            raise MismatchError(
+                f"the field returned {tuple(velocity.shape)} for x of shape {tuple(x.shape)}; expected the same shape. "
+                "Check that horizon and dim in the ActionSpec are those of the module."
+            )
+        return velocity
