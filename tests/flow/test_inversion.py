@@ -35,7 +35,7 @@ class TestInvert:
         """4 x 512, chunks of 5 x 5, K = 10; at gain 2 |dv/dx|/K is about 0.25 and Euler reversal misses by 0.1."""
         network, action = make_network((5, 5), width=512, layers=4, gain=gain), chunks(32, 5, 5)
         with torch.no_grad():
-            assert worst(network, invert(network, action, 10), action, 10) < 1e-5
+            assert worst(network, invert(network, action, 10), action, 10) < 5e-5
 
     def test_is_far_better_than_reversal(self, make_network: MakeNetwork) -> None:
         """The Euler guess it begins with is not enough."""
@@ -61,7 +61,7 @@ class TestInvert:
         """A data spread of 0.01 makes the last step shrink by almost everything."""
         field = GaussianField(torch.zeros(3), torch.tensor([0.01, 0.1, 3.0]))
         action = field.sample(32, torch.Generator().manual_seed(0))
-        assert worst(field, invert(field, action, 10), action, 10) < 1e-5
+        assert worst(field, invert(field, action, 10), action, 10) < 5e-5
 
     def test_in_many_dimensions(self) -> None:
         """A narrow mixture over 5 x 5 chunks."""

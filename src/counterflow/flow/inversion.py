@@ -58,8 +58,8 @@ def invert(
     steps: int,
     iterations: int = 5,
     *,
-    tolerance: float = 1e-6,
-    max_iterations: int = 50,
+    tolerance: float = 1e-9,
+    max_iterations: int = 100,
     return_residual: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Invert the discrete Euler map: `denoise(field, invert(field, action, K), K)` is `action`.

@@ -108,14 +108,13 @@ def matching_loss(field: Field, action: Tensor, noise: Tensor, t: Tensor, mask: 
     Raises:
         MismatchError: shapes don't fit together.
     """
-    error = matching_error(field, action, noise, t)
     if mask is None:
-        return error.mean()
+        return matching_error(field, action, noise, t).mean()
     if mask.shape != action.shape[: mask.ndim]:
         raise MismatchError(
             f"mask has shape {tuple(mask.shape)}; expected leading dimensions of action's {tuple(action.shape)}."
         )
-    weight = mask.reshape(mask.shape + (1,) * (action.ndim - mask.ndim)).to(error.dtype).expand_as(error)
-    # Selected rather than multiplied, so that NaN in padding can't leak through 0 * NaN.
-    kept = torch.where(weight > 0, error * weight, 0.0)
-    return kept.sum() / weight.sum().clamp(min=1)
+    weight = mask.reshape(mask.shape + (1,) * (action.ndim - mask.ndim)).to(action.dtype).expand_as(action)
+    # Padding may hold anything, and 0 * NaN is NaN, in gradients too: it is taken out before the field sees it.
+    action = torch.where(weight > 0, action, 0.0)
+    return (matching_error(field, action, noise, t) * weight).sum() / weight.sum().clamp(min=1)
