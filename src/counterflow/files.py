@@ -30,6 +30,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        temporary.chmod(_usual_mode())  # some libraries make files that only their owner may read
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)
@@ -58,6 +59,13 @@ def write_json(path: Path | str, content: Mapping[str, Any] | Sequence[Any]) -> 
     """
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _usual_mode() -> int:
+    """Return the mode that a new file has by default."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def _sync(path: Path) -> None:

@@ -72,7 +72,6 @@ class RowGenerators:
         return torch.stack([torch.randn(tuple(shape[1:]), generator=row) for row in self._rows])
 
 
-
 def draw_normal(
     rng: torch.Generator | RowGenerators, shape: Sequence[int], device: torch.device | str = "cpu"
 ) -> torch.Tensor:
@@ -87,5 +86,7 @@ def draw_normal(
         return torch.randn(tuple(shape), generator=rng, device=rng.device).to(device)
     copies, remainder = divmod(shape[0], len(rng))
     if remainder or copies == 0:
-        raise InvalidInputError(f"asked for {shape[0]} rows of noise from {len(rng)} row generators; expected a multiple.")
+        raise InvalidInputError(
+            f"asked for {shape[0]} rows of noise from {len(rng)} row generators; expected a multiple."
+        )
     return rng.normal((len(rng), copies, *shape[1:])).flatten(0, 1).to(device)

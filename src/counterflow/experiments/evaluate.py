@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +14,7 @@ import torch
 
 import counterflow
 from counterflow.envs import RenderSettings, VectorEnv, check_env_name, family_of, make_env
-from counterflow.errors import InvalidInputError, MismatchError, StorageError
+from counterflow.errors import InvalidInputError, MismatchError
 from counterflow.experiments.rollout import Episode, MakeReasoner, run_episodes
 from counterflow.experiments.statistics import SuccessRate
 from counterflow.policies import BasePolicy, load
@@ -77,6 +74,7 @@ class Evaluation:
         env: the environment's full name.
         steer: the method.
         settings: the method's settings, as plain values.
+        policy: which policy it was: its fingerprint, or its class's name.
         seed: what every episode descends from.
         rate: successes of episodes.
         seconds: wall-clock time.
@@ -92,6 +90,7 @@ class Evaluation:
     env: str
     steer: str
     settings: dict[str, Any]
+    policy: str
     seed: int
     rate: SuccessRate
     seconds: float
@@ -115,6 +114,7 @@ class Evaluation:
             "ci95": [low, high],
             "seconds": round(self.seconds, 3),
             "seed": self.seed,
+            "policy": self.policy,
             "settings": self.settings,
             "ledger": {
                 "environment_steps": self.environment_steps,
@@ -133,21 +133,21 @@ class Evaluation:
         }
 
 
-def load_prior(env: str, policy: str | None = None) -> BasePolicy:
+def load_prior(env: str, policy: str | None = None, device: str = "cpu") -> BasePolicy:
     """Load the base policy for an environment: the one at `policy`, or the shipped prior of its family.
 
     Raises:
         MismatchError: no prior is shipped for this family and none was given.
     """
     if policy is not None:
-        return load(policy)
+        return load(policy, device)
     family = family_of(env)
     if family not in SHIPPED_PRIORS:
         raise MismatchError(
             f"no prior is shipped for {family} (there are priors for {', '.join(SHIPPED_PRIORS)}). Make one: "
             f"'counterflow collect {family}' and 'counterflow train bc', then pass it with --policy."
         )
-    return load(SHIPPED_PRIORS[family])
+    return load(SHIPPED_PRIORS[family], device)
 
 
 def check_episodes(episodes: int) -> int:
@@ -210,6 +210,7 @@ def evaluate(
         env=env.spec.name,
         steer=method,
         settings={**_own_settings(method, settings), **({} if method == "base" else asdict(reasoner))},
+        policy=policy_name(policy),
         seed=seed,
         rate=SuccessRate(sum(episode.success for episode in finished), episodes),
         seconds=seconds,
@@ -228,11 +229,16 @@ def _own_settings(method: str, settings: MethodSettings) -> dict[str, Any]:
     own: dict[str, Any] = {
         "base": {"steps": settings.steps},
         "direct": {"steps": settings.steps},
-        "frs": {"reversal_steps": settings.reversal_steps},
+        "frs": {"reversal_steps": settings.reversal_steps, "perturbation": settings.perturbation},
         "partial": {"steps": settings.steps, "tau": settings.tau},
         "rank": {"steps": settings.steps, "candidates": settings.candidates, "distance": settings.distance},
     }
     return dict(own[method])
+
+
+def policy_name(policy: BasePolicy) -> str:
+    """Return a name that tells this policy from others: its fingerprint where it has one, else its class's name."""
+    return str(getattr(policy, "fingerprint", type(policy).__name__))
 
 
 def default_num_envs(episodes: int) -> int:
@@ -258,30 +264,3 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
-
-
-def write_json(path: Path, content: dict[str, Any] | Sequence[Any]) -> None:
-    """Write json to `path` whole or not at all.
-
-    Raises:
-        StorageError: the file can't be written; what stood there before is untouched.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump(content, file, indent=1)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise StorageError(
-            f"can't write {path}: {error.strerror or error}. Free some room or choose another place; "
-            "a file that stood there before is untouched."
-        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,9 +15,9 @@ from counterflow.data import ChunkSampler, EpisodeDataset
 from counterflow.envs import EnvSpec, describe
 from counterflow.errors import DatasetError, InvalidInputError, MismatchError, TrainingError
 from counterflow.experiments.evaluate import machine
-from counterflow.experiments.run import Run
+from counterflow.experiments.run import Run, read_config
 from counterflow.learning import BCConfig, BCLearner
-from counterflow.policies import ActionLayout, ActionSpec, FlowPolicy, Normaliser, load, save
+from counterflow.policies import ActionLayout, ActionSpec, FlowPolicy, NetworkConfig, Normaliser, load, save
 from counterflow.random import check_seed, child_seed, generator
 
 VALIDATION_CHUNKS = 16_384
@@ -156,6 +157,22 @@ def train_bc(
         return Trained(folder.policy_path, validation_loss, time.perf_counter() - began, config.steps - first)
 
 
+def read_bc_settings(folder: Path | str) -> tuple[Path, str, int, BCConfig]:
+    """Read a run's settings: the data's path, the environment, the seed and the learning's settings.
+
+    Raises:
+        TrainingError: the folder holds no run of behaviour cloning.
+    """
+    content = read_config(Path(folder) / "config.yaml")
+    try:
+        algorithm, data, env, seed = (content.pop(name) for name in ("algorithm", "data", "env", "seed"))
+        if algorithm != "bc":
+            raise TrainingError(f"{folder} holds a run of {algorithm!r}; expected 'bc'.")
+        return Path(data), env, seed, BCConfig(**{**content, "network": NetworkConfig(**content["network"])})
+    except (KeyError, TypeError) as error:
+        raise TrainingError(f"{folder} holds no complete settings of behaviour cloning: {error}.") from error
+
+
 def make_policy(dataset: EpisodeDataset, spec: EnvSpec, config: BCConfig, seed: int) -> FlowPolicy:
     """Make an untrained policy for an environment, normalised by a dataset; its weights descend from `seed`."""
     observations = torch.from_numpy(dataset.gather("observations").astype("float32"))
@@ -207,8 +224,6 @@ def _check_finite(loss: float, step: int, folder: Run) -> None:
 
 def _describe_data(path: Path, training: EpisodeDataset, held_out: EpisodeDataset) -> dict[str, Any]:
     """Say what the data are: the recipe, where one lies beside them, and how much there is."""
-    import json
-
     beside = path.with_suffix(".json")
     try:
         recipe = json.loads(beside.read_text())

@@ -12,6 +12,7 @@ from counterflow.reasoners.motion import Point, along, approach, still
 
 REACHED = 0.035  # OGBench counts a cube as placed within 0.04 m of its goal
 CUBE_SIZE = 0.04
+MISSED = 0.85  # how far the gripper closes (0 is open, 1 is closed) when there is no cube in it
 FREE_SPOTS = np.array([(x, y, 0.02) for x in (0.35, 0.425, 0.5) for y in (-0.25, 0.0, 0.25)])
 
 
@@ -35,7 +36,10 @@ class PickAndPlace:
         """Say the next direction for bringing the cube at `cube` (3,) to `goal` (3,)."""
         effector = view["proprio/effector_pos"]
         near = np.abs((cube - effector)[:2]).max() < self.grasp_aligned and abs(cube[2] - effector[2]) < 0.03
-        if near and view["proprio/gripper_contact"][0] > 0.3:
+        closed, touching = view["proprio/gripper_opening"][0], view["proprio/gripper_contact"][0] > 0.3
+        if near and closed > MISSED:
+            return Direction((0, 0, 1), 1.0, "open")
+        if near and touching:
             return self._carry(cube, goal)
         if near and cube[2] - effector[2] > -self.grasp_height:
             return still("close")

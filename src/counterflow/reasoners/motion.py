@@ -10,12 +10,16 @@ from counterflow.reasoners.direction import Direction, GripperCommand
 Point = npt.NDArray[np.float64]
 
 
-def along(vector: Point, gripper: GripperCommand, amount: float = 1.0) -> Direction:
-    """Name the one axis along which `vector` (3,) is largest."""
+def along(vector: Point, gripper: GripperCommand) -> Direction:
+    """Name the one axis along which `vector` (3,) is largest.
+
+    The amount is always the whole one: halved references, tried for what is near, are weaker than the prior's own habits
+    (it never quite closes a drawer) and cost success.
+    """
     axis = int(np.abs(vector).argmax())
     axes = [0, 0, 0]
     axes[axis] = int(np.sign(vector[axis]))
-    return Direction((axes[0], axes[1], axes[2]), amount, gripper)
+    return Direction((axes[0], axes[1], axes[2]), 1.0, gripper)
 
 
 def still(gripper: GripperCommand) -> Direction:

@@ -73,7 +73,7 @@ class ButtonPress:
         aligned: horizontal distance along either axis within which to go down, metres.
     """
 
-    def __init__(self, clearance: float = 0.04, aligned: float = 0.025) -> None:
+    def __init__(self, clearance: float = 0.01, aligned: float = 0.025) -> None:
         self._clearance, self._aligned = clearance, aligned
 
     def direction(self, view: View, button: int) -> Direction:

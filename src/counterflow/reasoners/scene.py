@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -12,8 +12,13 @@ from counterflow.reasoners.direction import Direction, View
 from counterflow.reasoners.motion import Point, along, approach, still
 from counterflow.reasoners.puzzle import ButtonPress
 
-SLIDE_REACHED = 0.03  # OGBench counts a slide as placed within 0.04 m
+SLIDE_REACHED = 0.035  # OGBench counts a slide as placed within 0.04 m
+SLIDE_FINISHED = 0.015  # closer than needed, so that letting go does not undo it
+RISE = 0.05  # metres to leave a handle by
+OVER_THE_DRAWER = 0.12  # metres above the drawer's centre at which a cube clears its front
 DRAWER_OPEN = -0.16
+# The prior of so many skills lines up with a cube less well by itself than that of cubes alone: come nearer first.
+ON_THE_TABLE = PickAndPlace(clearance=0.05, grasp_aligned=0.02, place_aligned=0.035)
 LOCK = {"drawer": 0, "window": 1}  # a button in state 0 locks its slide
 
 
@@ -25,22 +30,24 @@ class SlideHandle:
         clearance: height above the handle at which to travel, metres.
         aligned: horizontal distance along either axis within which to go down, metres.
         grasp_height: the gripper closes within this height of the handle, metres.
+        held: a closed gripper within this distance along each axis holds the handle, metres.
     """
 
-    clearance: float = 0.05
-    aligned: float = 0.025
-    grasp_height: float = 0.02
+    clearance: float = 0.04
+    aligned: float = 0.045
+    grasp_height: float = 0.025
+    held: float = 0.05
 
     def direction(self, view: View, handle: Point, goal: Point) -> Direction:
         """Say the next direction for bringing the handle at `handle` (3,) to `goal` (3,)."""
         effector = view["proprio/effector_pos"]
         offset = handle - effector
-        at_handle = np.abs(offset[:2]).max() < self.aligned + 0.01 and offset[2] > -self.grasp_height
-        if not at_handle:
-            return approach(effector, handle, clearance=self.clearance, aligned=self.aligned, gripper="open")
-        if view["proprio/gripper_opening"][0] < 0.5:  # 0 is open, 1 is closed
+        closed = view["proprio/gripper_opening"][0] > 0.5  # 0 is open, 1 is closed
+        if closed and np.abs(offset).max() < self.held:
+            return along(goal - handle, "close")
+        if np.abs(offset[:2]).max() < self.aligned + 0.01 and offset[2] > -self.grasp_height:
             return still("close")
-        return along(goal - handle, "close")
+        return approach(effector, handle, clearance=self.clearance, aligned=self.aligned, gripper="open")
 
 
 @dataclass(frozen=True)
@@ -49,33 +56,38 @@ class Subgoal:
 
     Attributes:
         what: "cube", "button", "drawer", "window" or "done".
-        place: where the cube or the handle should go, (3,) metres.
+        place: where the cube or the handle should go, (3,) metres; for a button and at the end nowhere.
         button: which button to press.
     """
 
     what: Literal["cube", "button", "drawer", "window", "done"]
-    place: Point | None = None
+    place: Point = field(default_factory=lambda: np.full(3, np.nan))
     button: int = 0
 
 
-def next_subgoal(view: View) -> Subgoal:
+def next_subgoal(view: View, moving: str | None = None) -> Subgoal:
     """Choose what to do next, in an order in which nothing done has to be undone.
 
     A cube that belongs into the drawer needs it open, and an open drawer needs its button; buttons are set last, because
     setting one may lock what still has to move.
+
+    Args:
+        view: the simulator's account.
+        moving: "drawer" or "window" while one is being moved: it is moved further in than it would have to be.
     """
+    reached = {slide: SLIDE_FINISHED if slide == moving else SLIDE_REACHED for slide in LOCK}
     cube, cube_goal = view["privileged/block_0_pos"], view["goal/block_0_pos"]
     buttons, button_goals = view["privileged/button_states"], view["goal/button_states"]
     into_drawer = cube_goal[1] < -0.3
     if into_drawer and not _in_drawer(view):
-        if view["privileged/drawer_pos"][0] > DRAWER_OPEN + SLIDE_REACHED:
+        if view["privileged/drawer_pos"][0] > DRAWER_OPEN + reached["drawer"]:
             return _slide(view, "drawer", DRAWER_OPEN)
         return Subgoal("cube", place=view["privileged/drawer_center"])
     if not into_drawer and np.linalg.norm(cube - cube_goal) > REACHED:
         return Subgoal("cube", place=cube_goal)
     for slide in ("drawer", "window"):
         goal = float(view[f"goal/{slide}_pos"][0])
-        if abs(view[f"privileged/{slide}_pos"][0] - goal) > SLIDE_REACHED:
+        if abs(view[f"privileged/{slide}_pos"][0] - goal) > reached[slide]:
             return _slide(view, slide, goal)
     wrong = np.flatnonzero(buttons != button_goals)
     return Subgoal("button", button=int(wrong[0])) if wrong.size else Subgoal("done")
@@ -108,35 +120,40 @@ class SceneReasoner:
     """Looks at the whole scene, keeps to one subgoal until it is done, and rises before it turns to the next.
 
     Args:
-        retreat: height to which to rise between subgoals, metres.
+        retreat: height to which to rise at least between subgoals, metres.
     """
 
     def __init__(self, retreat: float = 0.22) -> None:
         self._retreat = retreat
-        self._cube, self._slide, self._press = PickAndPlace(), SlideHandle(), ButtonPress()
+        self._cube, self._slide, self._press = ON_THE_TABLE, SlideHandle(), ButtonPress()
+        self._cube_over_drawer = replace(ON_THE_TABLE, clearance=OVER_THE_DRAWER)
         self._last: tuple[str, int] | None = None
-        self._rising = False
+        self._letting_go, self._rise_to = False, 0.0
 
     def reset(self, seed: int) -> None:  # noqa: ARG002 - nothing here is random
         """Forget the last subgoal."""
-        self._last, self._rising = None, False
+        self._last, self._letting_go, self._rise_to = None, False, 0.0
 
     def decide(self, view: View) -> Direction:
         """Say the next direction; rise when everything is in its place."""
-        subgoal = next_subgoal(view)
+        subgoal = next_subgoal(view, self._last[0] if self._last is not None else None)
         name = (subgoal.what, subgoal.button)
+        height = float(view["proprio/effector_pos"][2])
         if self._last is not None and name != self._last:
-            self._rising = True
+            self._letting_go, self._rise_to = True, max(self._retreat, height + RISE)
         self._last = name
-        if self._rising and view["proprio/effector_pos"][2] < self._retreat:
+        if self._letting_go and view["proprio/gripper_opening"][0] > 0.3:
+            return still("open")  # before leaving, or what was held comes along
+        self._letting_go = False
+        if height < self._rise_to:
             return Direction((0, 0, 1), 1.0, "open")
-        self._rising = False
+        self._rise_to = 0.0
         if subgoal.what == "button":
             return self._press.direction(view, subgoal.button)
         if subgoal.what == "cube":
-            assert subgoal.place is not None
-            return self._cube.direction(view, view["privileged/block_0_pos"], subgoal.place)
+            into_drawer = subgoal.place is view["privileged/drawer_center"]
+            motion = self._cube_over_drawer if into_drawer else self._cube
+            return motion.direction(view, view["privileged/block_0_pos"], subgoal.place)
         if subgoal.what in ("drawer", "window"):
-            assert subgoal.place is not None
             return self._slide.direction(view, view[f"privileged/{subgoal.what}_handle_pos"], subgoal.place)
         return Direction((0, 0, 1), 1.0, "open")

@@ -21,6 +21,7 @@ class MethodSettings:
     Attributes:
         steps: denoising steps of base, direct (where nobody speaks), partial (scaled by 1 - tau) and rank.
         reversal_steps: K of FRS, back and forth.
+        perturbation: of FRS, standard deviation of the noise added to the reversed noise.
         tau: of partial noising.
         candidates: n of sample-and-rank.
         distance: of sample-and-rank, "cosine" or "l2".
@@ -28,6 +29,7 @@ class MethodSettings:
 
     steps: int = 10
     reversal_steps: int = 5
+    perturbation: float = 0.0
     tau: float = 0.5
     candidates: int = 16
     distance: Literal["cosine", "l2"] = "cosine"
@@ -46,11 +48,12 @@ def steer(base: BasePolicy, method: str, settings: MethodSettings | None = None)
     if method == "direct":
         return SteeredPolicy(base, edit=ExecuteReference(), steps=settings.steps)
     if method == "frs":
-        return SteeredPolicy(base, start=FlowReversal(settings.reversal_steps), steps=settings.reversal_steps)
+        start = FlowReversal(settings.reversal_steps, perturbation=settings.perturbation)
+        return SteeredPolicy(base, start=start, steps=settings.reversal_steps)
     if method == "partial":
-        start = PartialNoising(settings.tau)
+        noising = PartialNoising(settings.tau)
         # The paper denoises from tau = 0.5 with half of its ten steps: the same step size as from t = 0.
-        return SteeredPolicy(base, start=start, steps=max(1, round(settings.steps * (1 - settings.tau))))
+        return SteeredPolicy(base, start=noising, steps=max(1, round(settings.steps * (1 - settings.tau))))
     if method == "rank":
         edit = NearestToReference(settings.candidates, settings.distance)
         return SteeredPolicy(base, edit=edit, steps=settings.steps)

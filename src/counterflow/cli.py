@@ -1,0 +1,392 @@
+"""The command line: parses, calls the experiments, says what happened. Everything it does can be done from Python."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+
+from counterflow.errors import CounterflowError, InvalidInputError
+
+if TYPE_CHECKING:
+    from counterflow.experiments.evaluate import Evaluation, ReasonerSettings
+    from counterflow.experiments.rollout import Episode
+    from counterflow.steering import MethodSettings
+
+SteerName = Literal["base", "direct", "frs", "partial", "rank"]
+
+DESCRIPTION = """Steer frozen flow-matching robot policies without touching their weights.
+
+Try 'counterflow demo' first. Then: 'counterflow eval ogbench/cube-single-task1 --steer frs'."""
+
+
+@dataclass(frozen=True)
+class Steering:
+    """How the frozen policy is steered."""
+
+    steps: int = 10
+    """Denoising steps of base, direct, partial and rank."""
+    reversal_steps: int = 5
+    """K of flow reversal steering, back and forth."""
+    perturbation: float = 0.0
+    """Noise added to the reversed noise of flow reversal steering (standard deviation)."""
+    tau: float = 0.5
+    """Noise level of partial noising: near 1 trusts the reference, near 0 the prior."""
+    candidates: int = 16
+    """n of sample-and-rank."""
+    distance: Literal["cosine", "l2"] = "cosine"
+    """What sample-and-rank compares by."""
+
+    def settings(self) -> MethodSettings:
+        """Return the methods' settings."""
+        from counterflow.steering import MethodSettings
+
+        return MethodSettings(
+            self.steps, self.reversal_steps, self.perturbation, self.tau, self.candidates, self.distance
+        )
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """Who gives the coarse references, and how they are written."""
+
+    reasoner_error: float = 0.0
+    """Probability that the reasoner names a wrong direction."""
+    reasoner_delay: int = 0
+    """Chunks that pass before a direction is acted on."""
+    convention: Literal["ogbench", "paper"] = "ogbench"
+    """How a direction becomes a reference chunk."""
+    magnitude: float | None = None
+    """Length of the reference's motion; default: the convention's."""
+
+    def settings(self) -> ReasonerSettings:
+        """Return the reasoner's settings."""
+        from counterflow.experiments.evaluate import ReasonerSettings
+
+        return ReasonerSettings(self.reasoner_error, self.reasoner_delay, self.convention, self.magnitude)
+
+
+@dataclass(frozen=True)
+class Collect:
+    """Collect a dataset from OGBench's scripted oracles, by its official recipe. Run it again after an interruption."""
+
+    env: tyro.conf.Positional[str]
+    """A family of environments, for example ogbench/cube-single."""
+    kind: Literal["play", "noisy"] = "play"
+    """play: open-loop plans with smooth noise; noisy: a closed-loop oracle with noisy actions."""
+    episodes: int = 300
+    """Episodes to train on, of 1001 steps; a tenth as many more are held out."""
+    seed: int = 0
+    """What every episode descends from."""
+    out: Path | None = None
+    """Where to write it (.npz); default: data/<family>-<kind>.npz."""
+    workers: int | None = None
+    """Worker processes; default: one a core."""
+    overwrite: bool = False
+    """Replace another dataset that lies there."""
+
+    def run(self, console: Console) -> None:
+        """Collect, with progress."""
+        from counterflow.data import collect
+        from counterflow.experiments.progress import progress_bar
+
+        out = self.out or Path("data") / f"{self.env.split('/')[-1]}-{self.kind}.npz"
+        held_out = max(1, self.episodes // 10)
+        with progress_bar(console, f"collecting {self.env}", self.episodes + held_out, "episodes") as update:
+            made = collect(
+                self.env,
+                self.kind,
+                episodes=self.episodes,
+                validation_episodes=held_out,
+                seed=self.seed,
+                out=out,
+                workers=self.workers,
+                overwrite=self.overwrite,
+                on_progress=lambda done, _, transitions: update(done, f"{transitions:,} transitions"),
+            )
+        console.print(
+            f"{made.episodes} episodes, {made.transitions:,} transitions ({made.made} episodes made now):\n"
+            f"  {made.path}\n  {made.validation_path}\n  {made.provenance_path}"
+        )
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a prior by behaviour cloning, or go on with a run: see 'counterflow train --help'."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Measure how often a policy succeeds at a task, steered or not."""
+
+    env: tyro.conf.Positional[str]
+    """The task, for example ogbench/cube-single-task1."""
+    steer: SteerName = "frs"
+    """base: the policy alone; direct: the reference itself; frs: flow reversal steering; partial: partial noising; rank:
+    sample-and-rank."""
+    episodes: int = 50
+    """How many episodes."""
+    seed: int = 0
+    """What every episode descends from; the same seed gives the same result."""
+    json: Path | None = None
+    """Where to write the result."""
+    policy: str | None = None
+    """A checkpoint or run folder; default: the shipped prior of the task's family."""
+    num_envs: int | None = None
+    """Environments stepped side by side; the result does not depend on it."""
+    device: str = "cpu"
+    """Where the policy computes."""
+    steering: Annotated[Steering, tyro.conf.arg(name="")] = field(default_factory=Steering)
+    reasoning: Annotated[Reasoning, tyro.conf.arg(name="")] = field(default_factory=Reasoning)
+
+    def run(self, console: Console) -> None:
+        """Evaluate, with progress, and print the rate."""
+        from counterflow.experiments.evaluate import evaluate, load_prior, open_env
+        from counterflow.experiments.progress import progress_bar
+        from counterflow.files import write_json
+
+        prior = load_prior(self.env, self.policy, self.device)
+        with (
+            open_env(self.env, self.episodes, num_envs=self.num_envs) as env,
+            progress_bar(console, f"{self.env} {self.steer}", self.episodes, "episodes") as update,
+        ):
+            result = evaluate(
+                env,
+                prior,
+                self.steer,
+                self.episodes,
+                self.seed,
+                settings=self.steering.settings(),
+                reasoner=self.reasoning.settings(),
+                on_episode=_Count(update),
+            )
+        _say(console, result)
+        if self.json is not None:
+            write_json(self.json, result.to_json())
+            console.print(f"  {self.json}")
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare ways of steering over tasks, with the same prior, references and episodes."""
+
+    envs: tyro.conf.Positional[tuple[str, ...]]
+    """Tasks or families, for example ogbench/cube-single (all five tasks)."""
+    methods: tuple[SteerName, ...] = ("base", "direct", "partial", "rank", "frs")
+    """What to compare."""
+    episodes: int = 50
+    """Episodes for each method on each task."""
+    seed: int = 0
+    """What every episode descends from."""
+    json: Path | None = None
+    """Where to keep the results, written after every evaluation; what is there already is not run again."""
+    figure: Path | None = None
+    """Where to draw bars with intervals (.png or .svg)."""
+    policy: str | None = None
+    """A checkpoint for all tasks; default: each family's shipped prior."""
+    steering: Annotated[Steering, tyro.conf.arg(name="")] = field(default_factory=Steering)
+    reasoning: Annotated[Reasoning, tyro.conf.arg(name="")] = field(default_factory=Reasoning)
+
+    def run(self, console: Console) -> None:
+        """Compare, with progress, and print the table."""
+        from counterflow.experiments.compare import Contender, compare, expand_tasks, success_table
+        from counterflow.experiments.figures import success_bars
+        from counterflow.experiments.progress import progress_bar
+
+        if not self.methods:
+            raise InvalidInputError("no method was named; give --methods at least one, for example base frs.")
+        settings, reasoner = self.steering.settings(), self.reasoning.settings()
+        contenders = [Contender(name, name, settings, reasoner) for name in dict.fromkeys(self.methods)]
+        total = len(expand_tasks(self.envs)) * len(contenders) * self.episodes
+        with progress_bar(console, "comparing", total, "episodes") as update:
+            count = _Count(update)
+            comparison = compare(
+                self.envs,
+                contenders,
+                self.episodes,
+                self.seed,
+                policy=self.policy,
+                path=self.json,
+                on_start=lambda task, contender: count.say(f"{task} {contender.label}"),
+                on_episode=count,
+            )
+        console.print(success_table(comparison, f"Success, {self.episodes} episodes each"))
+        if self.figure is not None:
+            groups = {
+                task: {label: rates[task] for label, rates in comparison.rates.items()} for task in comparison.tasks
+            }
+            console.print(f"  {success_bars(groups, self.figure)}")
+        if self.json is not None:
+            console.print(f"  {self.json}")
+
+
+@dataclass(frozen=True)
+class Film:
+    """Film the same episode twice, side by side: the policy alone, and steered."""
+
+    env: tyro.conf.Positional[str]
+    """The task, for example ogbench/scene-task4."""
+    steer: SteerName = "frs"
+    """How the right side is steered."""
+    seed: int = 0
+    """What the episode descends from."""
+    out: Path | None = None
+    """The video; default: videos/<task>-<steer>.mp4."""
+    gif: Path | None = None
+    """Also write a small moving picture, as for a README."""
+    size: int = 384
+    """Height and width of a side, pixels."""
+    quality: Literal["fast", "dataset"] = "fast"
+    """dataset: draw as the benchmark itself does (about ten times slower)."""
+    contrast: bool = True
+    """Choose an episode where the policy alone fails and the steered one succeeds, if there is one among twenty."""
+    policy: str | None = None
+    """A checkpoint or run folder; default: the shipped prior of the task's family."""
+    steering: Annotated[Steering, tyro.conf.arg(name="")] = field(default_factory=Steering)
+    reasoning: Annotated[Reasoning, tyro.conf.arg(name="")] = field(default_factory=Reasoning)
+
+
+@dataclass(frozen=True)
+class Analyse:
+    """Measure what reversal does to references: displacement and log-probability gained, against K."""
+
+    env: tyro.conf.Positional[str]
+    """The task whose states and references are used."""
+    references: int = 256
+    """How many references."""
+    seed: int = 0
+    """What the states descend from."""
+    json: Path | None = None
+    """Where to write the numbers."""
+    figure: Path | None = None
+    """Where to draw both figures."""
+    policy: str | None = None
+    """A checkpoint or run folder; default: the shipped prior of the task's family."""
+
+    def run(self, console: Console) -> None:
+        """Analyse, with progress, and print the table."""
+        from rich.table import Table
+
+        from counterflow.experiments.analysis import PAPER_STEPS, analyse_reversal, gather_references
+        from counterflow.experiments.evaluate import load_prior, open_env
+        from counterflow.experiments.figures import reversal_analysis
+        from counterflow.experiments.progress import progress_bar
+        from counterflow.files import write_json
+
+        prior = load_prior(self.env, self.policy)
+        with open_env(self.env, 16) as env:
+            observations, reference = gather_references(env, prior, self.references, self.seed)
+        with progress_bar(console, f"reversing {self.references} references", len(PAPER_STEPS), "K") as update:
+            found = analyse_reversal(
+                prior,
+                observations,
+                reference,
+                on_step=lambda steps: update(PAPER_STEPS.index(steps) + 1, f"K = {steps}"),
+            )
+        table = Table(title=f"Reversal of {self.references} references, {self.env}", title_justify="left")
+        for name in ("K", "displacement", "log-probability gained", "noise percentile"):
+            table.add_column(name, justify="right")
+        for row in found.to_json():
+            table.add_row(
+                f"{row['K']:.0f}",
+                f"{row['displacement']:.2f} ± {row['displacement_standard_error']:.2f}",
+                f"{row['log_prob_gain']:.1f} ± {row['log_prob_gain_standard_error']:.1f}",
+                f"{100 * row['noise_percentile']:.0f}%",
+            )
+        console.print(table)
+        if self.json is not None:
+            write_json(self.json, {"env": self.env, "seed": self.seed, "rows": found.to_json()})
+            console.print(f"  {self.json}")
+        if self.figure is not None:
+            console.print(f"  {reversal_analysis(found.steps, found.displacement, found.log_prob_gain, self.figure)}")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """See a frozen policy fail, and succeed when it is steered: a table, a figure and a video, in about two minutes."""
+
+    out: Path = Path("demo")
+    """Where to leave the figure, the video and the numbers."""
+    episodes: int = 16
+    """Episodes for each method on each task."""
+    seed: int = 0
+    """What every episode descends from."""
+
+    def run(self, console: Console) -> None:
+        """Run the demo."""
+        from counterflow.experiments.demo import demo
+
+        demo(console, self.out, self.episodes, self.seed)
+
+
+Command = (
+    Annotated[Collect, tyro.conf.subcommand("collect")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Film, tyro.conf.subcommand("film")]
+    | Annotated[Analyse, tyro.conf.subcommand("analyse")]
+    | Annotated[Demo, tyro.conf.subcommand("demo")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    console = Console()
+    try:
+        command: Any
+        if arguments[:1] == ["train"]:
+            # Its settings need torch, which the other commands' parsing, and simulators' worker processes, can do without.
+            from counterflow import cli_train
+
+            command = tyro.cli(
+                cli_train.TrainCommand, prog="counterflow train", description=cli_train.__doc__, args=arguments[1:]
+            )
+        else:
+            command = tyro.cli(Command, prog="counterflow", description=DESCRIPTION, args=arguments)
+        command.run(console)
+    except CounterflowError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
+        return 2
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; what was finished is safe: run the same command again to go on.")
+        return 130
+    return 0
+
+
+class _Count:
+    """Counts episodes on a progress bar, with the successes so far."""
+
+    def __init__(self, update: Callable[[int, str], None]) -> None:
+        self._update = update
+        self._done = self._successes = self._begun = 0
+        self._what = ""
+
+    def say(self, what: str) -> None:
+        """Name what comes next, and count its successes anew."""
+        self._what, self._successes, self._begun = what, 0, self._done
+
+    def __call__(self, episode: Episode) -> None:
+        """Count an episode."""
+        self._done += 1
+        self._successes += episode.success
+        self._update(self._done, f"{self._what} {self._successes}/{self._done - self._begun} succeeded".strip())
+
+
+def _say(console: Console, result: Evaluation) -> None:
+    low, high = result.rate.interval
+    console.print(
+        f"{result.env} [bold]{result.steer}[/]: {result.rate.successes} of {result.rate.episodes} episodes succeeded, "
+        f"[bold]{100 * result.rate.rate:.1f}%[/] (95% interval {100 * low:.1f} to {100 * high:.1f}), {result.seconds:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

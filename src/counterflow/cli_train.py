@@ -1,0 +1,71 @@
+"""Train a prior, or go on with a run that was interrupted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from counterflow.experiments.progress import progress_bar
+from counterflow.experiments.train import Progress, read_bc_settings, train_bc
+from counterflow.learning import BCConfig
+
+
+@dataclass(frozen=True)
+class TrainBC:
+    """Train a prior by flow-matching behaviour cloning. Run it again after an interruption."""
+
+    data: tyro.conf.Positional[Path]
+    """A dataset (.npz) in OGBench's layout; held-out episodes are read from NAME-val.npz beside it."""
+    env: str
+    """The environment, or family, that the data are from, for example ogbench/cube-single."""
+    out: Path | None = None
+    """The run's folder; default: runs/bc-<family>-<seed>."""
+    seed: int = 0
+    """What weights, batches and draws descend from."""
+    device: str = "cpu"
+    """Where to train, for example cuda."""
+    config: Annotated[BCConfig, tyro.conf.arg(name="")] = field(default_factory=BCConfig)
+    """Settings of the learning."""
+
+    def run(self, console: Console) -> None:
+        """Train, with progress."""
+        out = self.out or Path("runs") / f"bc-{self.env.split('/')[-1]}-{self.seed}"
+        _train(console, self.data, self.env, out, self.config, self.seed, self.device)
+
+
+@dataclass(frozen=True)
+class TrainResume:
+    """Go on with a run from its own config.yaml (or repeat it in another folder)."""
+
+    run_folder: tyro.conf.Positional[Path]
+    """The run's folder."""
+    out: Path | None = None
+    """Another folder, to repeat the run from the beginning; default: go on in the same."""
+    device: str = "cpu"
+    """Where to train, for example cuda."""
+
+    def run(self, console: Console) -> None:
+        """Train, with progress."""
+        data, env, seed, config = read_bc_settings(self.run_folder)
+        _train(console, data, env, self.out or self.run_folder, config, seed, self.device)
+
+
+TrainCommand = Annotated[TrainBC, tyro.conf.subcommand("bc")] | Annotated[TrainResume, tyro.conf.subcommand("resume")]
+
+
+def _train(console: Console, data: Path, env: str, out: Path, config: BCConfig, seed: int, device: str) -> None:
+    with progress_bar(console, f"training on {data.name}", config.steps, "updates") as update:
+
+        def show(progress: Progress) -> None:
+            update(progress.step, f"loss {progress.loss:.4f}, held-out {progress.validation_loss:.4f}")
+
+        trained = train_bc(data, env, out, config, seed=seed, device=device, on_progress=show)
+    if trained.steps_done == 0:
+        console.print("this run was finished before; nothing was left to do.")
+    else:
+        console.print(f"{trained.steps_done} updates in {trained.seconds:.0f} s.")
+    console.print(f"held-out loss {trained.validation_loss:.4f}\n  {trained.path}")

@@ -1,0 +1,229 @@
+"""Comparing steering methods over tasks: every method with the same prior, the same references and the same episodes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from counterflow.envs import check_env_name, families, family_of
+from counterflow.envs.registry import env_names
+from counterflow.errors import DatasetError, InvalidInputError, UnknownNameError
+from counterflow.experiments.evaluate import (
+    Evaluation,
+    ReasonerSettings,
+    evaluate,
+    load_prior,
+    machine,
+    open_env,
+    policy_name,
+)
+from counterflow.experiments.rollout import Episode
+from counterflow.experiments.statistics import MeanRate, SuccessRate
+from counterflow.files import write_json
+from counterflow.steering import MethodSettings
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to act, under the name that tables show.
+
+    Attributes:
+        label: for example "FRS, K = 5".
+        method: "base", "direct", "frs", "partial" or "rank".
+        settings: the method's.
+        reasoner: who gives the references.
+    """
+
+    label: str
+    method: str
+    settings: MethodSettings = field(default_factory=MethodSettings)
+    reasoner: ReasonerSettings = field(default_factory=ReasonerSettings)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The results of several contenders on several tasks.
+
+    Attributes:
+        rates: contender's label -> task's full name -> its rate.
+        results: the complete json of every evaluation, with the contender's label.
+    """
+
+    rates: dict[str, dict[str, SuccessRate]]
+    results: list[dict[str, Any]]
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks, in the order in which they were run."""
+        return list(dict.fromkeys(task for rates in self.rates.values() for task in rates))
+
+    def mean(self, label: str, family: str | None = None) -> MeanRate:
+        """Return a contender's mean over its tasks, or over those of one family."""
+        return MeanRate(
+            tuple(rate for task, rate in self.rates[label].items() if family is None or family_of(task) == family)
+        )
+
+
+def expand_tasks(names: Sequence[str]) -> list[str]:
+    """Return tasks for a list of tasks and families; a family stands for its five tasks.
+
+    Raises:
+        UnknownNameError: neither a task nor a family; the nearest are suggested.
+        InvalidInputError: nothing was named.
+    """
+    if not names:
+        raise InvalidInputError("no task was named; give at least one, for example ogbench/cube-single-task1.")
+    known = env_names()
+    tasks: list[str] = []
+    for name in names:
+        if name in families():
+            tasks += [task for task in known if family_of(task) == name]
+        elif name in known:
+            tasks.append(check_env_name(name))
+        else:
+            raise UnknownNameError("environment or family", name, [*known, *families()])
+    return list(dict.fromkeys(tasks))
+
+
+def compare(
+    tasks: Sequence[str],
+    contenders: Sequence[Contender],
+    episodes: int,
+    seed: int,
+    *,
+    policy: str | None = None,
+    path: Path | str | None = None,
+    on_start: Callable[[str, Contender], None] | None = None,
+    on_episode: Callable[[Episode], None] | None = None,
+) -> Comparison:
+    """Run every contender on every task.
+
+    Args:
+        tasks: full names, or families.
+        contenders: what to compare.
+        episodes: for each contender on each task; the same ones for all.
+        seed: what the episodes descend from.
+        policy: a checkpoint for all tasks; None: the shipped prior of each task's family.
+        path: where to keep the results, written after every evaluation. What is there already, from the same seed,
+            episodes, settings and policy, is not run again; so an interrupted comparison goes on where it stopped.
+        on_start: called before each evaluation that is run.
+        on_episode: called after each episode.
+
+    Raises:
+        UnknownNameError, MismatchError, InvalidInputError: a task, policy or number can't be right.
+        DatasetError: the file at `path` is not one of a comparison.
+        StorageError: the results can't be written; those written before are safe.
+    """
+    results = [] if path is None else read_results(path)
+    done = {_key(result): result for result in results}
+    rates: dict[str, dict[str, SuccessRate]] = {contender.label: {} for contender in contenders}
+    kept: list[dict[str, Any]] = []
+    for task in expand_tasks(tasks):
+        prior = load_prior(task, policy)
+        env = None
+        try:
+            for contender in contenders:
+                settings = {"method": asdict(contender.settings), "reasoner": asdict(contender.reasoner)}
+                wanted = {
+                    "label": contender.label,
+                    "env": task,
+                    "steer": contender.method,
+                    "episodes": episodes,
+                    "seed": seed,
+                    "policy": policy_name(prior),
+                    "asked": settings,
+                }
+                result = done.get(_key(wanted))
+                if result is None:
+                    if on_start is not None:
+                        on_start(task, contender)
+                    env = open_env(task, episodes) if env is None else env
+                    result = {**wanted, **_run(env, prior, contender, episodes, seed, on_episode).to_json()}
+                    results.append(result)
+                    if path is not None:
+                        write_json(path, {"machine": machine(), "results": results})
+                kept.append(result)
+                rates[contender.label][task] = SuccessRate(result["successes"], result["episodes"])
+        finally:
+            if env is not None:
+                env.close()
+    return Comparison(rates, kept)
+
+
+def read_results(path: Path | str) -> list[dict[str, Any]]:
+    """Read what a comparison wrote; an empty list where there is no file yet.
+
+    Raises:
+        DatasetError: the file is damaged, or not one of a comparison.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    try:
+        results = json.loads(path.read_text())["results"]
+        for result in results:
+            _key(result)
+            SuccessRate(result["successes"], result["episodes"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DatasetError(
+            f"{path} does not hold the results of a comparison ({type(error).__name__}: {error}). Choose another path, or "
+            "delete it to run everything anew."
+        ) from error
+    return list(results)
+
+
+def comparison_of(results: Sequence[dict[str, Any]]) -> Comparison:
+    """Return results that were read from a file as a comparison."""
+    rates: dict[str, dict[str, SuccessRate]] = {}
+    for result in results:
+        rates.setdefault(result["label"], {})[result["env"]] = SuccessRate(result["successes"], result["episodes"])
+    return Comparison(rates, list(results))
+
+
+def success_table(comparison: Comparison, title: str) -> Table:
+    """Return a table of success in percent with 95% intervals: a row a task, a column a contender, means below."""
+    table = Table(title=title, title_justify="left", header_style="bold", caption_justify="left")
+    table.add_column("task")
+    for label in comparison.rates:
+        table.add_column(label, justify="right")
+    best = {task: max(rates[task].rate for rates in comparison.rates.values()) for task in comparison.tasks}
+    for task in comparison.tasks:
+        table.add_row(task, *(_cell(rates[task], best[task]) for rates in comparison.rates.values()))
+    if len(comparison.tasks) > 1:
+        table.add_section()
+        means = {label: comparison.mean(label) for label in comparison.rates}
+        highest = max(mean.rate for mean in means.values())
+        table.add_row("mean", *(_cell(mean, highest) for mean in means.values()))
+    return table
+
+
+def _cell(rate: SuccessRate | MeanRate, best: float) -> str:
+    low, high = rate.interval
+    number = f"{100 * rate.rate:.0f}%"
+    return f"{f'[bold green]{number}[/]' if rate.rate == best else number} [dim]{100 * low:.0f}-{100 * high:.0f}[/]"
+
+
+def _run(
+    env: Any, prior: Any, contender: Contender, episodes: int, seed: int, on_episode: Callable[[Episode], None] | None
+) -> Evaluation:
+    return evaluate(
+        env,
+        prior,
+        contender.method,
+        episodes,
+        seed,
+        settings=contender.settings,
+        reasoner=contender.reasoner,
+        on_episode=on_episode,
+    )
+
+
+def _key(result: dict[str, Any]) -> str:
+    """Return what must agree for a result to be used again."""
+    names = ("label", "env", "steer", "episodes", "seed", "policy", "asked")
+    return json.dumps({name: result[name] for name in names}, sort_keys=True)
