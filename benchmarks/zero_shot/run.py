@@ -36,6 +36,13 @@ REVERSALS = (2, 3, 5, 7, 10, 20)
 ERRORS = (0.0, 0.1, 0.2, 0.3, 0.5)
 MAGNITUDES = (0.3, 0.5, 0.7, 1.0)
 MAIN_TAU, MAIN_REVERSAL = 0.7, 5
+TITLES = {
+    "partial": "Partial noising",
+    "rank": "Sample-and-rank",
+    "frs": "Flow Reversal Steering",
+    "reasoner-error": "When the reasoner is wrong",
+    "magnitude": "When the reference is weak or strong",
+}
 
 
 @dataclass(frozen=True)
@@ -124,13 +131,13 @@ def report(episodes: int) -> str:
     """Write figures; return the table as Markdown."""
     comparison = comparison_of(read_results(RESULTS / "tasks.json"))
     sweeps = {"partial": [tau(one).label for one in TAUS], "rank": [rank(one).label for one in RANKS]}
-    sweeps["FRS"] = [reversal(one).label for one in REVERSALS]
+    sweeps["frs"] = [reversal(one).label for one in REVERSALS]
     chosen = {"base": "base", "direct": "direct"}
     chosen |= {name: best(comparison, labels)[0] for name, labels in sweeps.items()}
 
     lines = [
-        f"Success in percent with 95% intervals, {episodes} episodes a task, same prior, references and episodes for all. Where a",
-        "method has a setting, the one with the best mean over all 15 tasks is shown; below, the best for each family.",
+        f"Success in percent with 95% intervals, {episodes} episodes a task, same prior, references and episodes for all.",
+        "Where a method has a setting, the one with the best mean over all 15 tasks is shown; below, the best for each family.",
         "",
         "| task | " + " | ".join(chosen.values()) + " |",
         "| --- |" + " ---: |" * len(chosen),
@@ -149,33 +156,56 @@ def report(episodes: int) -> str:
         "| --- | --- | --- | ---: | ---: |",
     ]
     for family in FAMILIES:
-        steered = best(comparison, sweeps["FRS"], family)[1]
+        steered = best(comparison, sweeps["frs"], family)[1]
         for name, labels in {"base": ["base"], "direct": ["direct"], **sweeps}.items():
             label, mean = best(comparison, labels, family)
-            gap = "" if name == "FRS" else str(Difference(steered, mean))
+            gap = "" if name == "frs" else str(Difference(steered, mean))
             lines.append(f"| {family} | {name} | {label} | {_cell(mean.rate, mean.interval)} | {gap} |")
 
     groups = {family: {name: comparison.mean(label, family) for name, label in chosen.items()} for family in FAMILIES}
-    success_bars(groups, HERE / "success.png", title="Zero-shot steering of a frozen flow policy")
+    settings = ", ".join(label for name, label in chosen.items() if name in sweeps)
+    success_bars(
+        groups,
+        HERE / "success.png",
+        title="Zero-shot steering of a frozen flow policy",
+        subtitle=f"Mean over five tasks a family; {settings}",
+    )
     curves: dict[str, tuple[str, tuple[float, ...], Callable[[float], str]]] = {
-        "partial": ("tau of partial noising", TAUS, lambda value: tau(value).label),
-        "rank": ("n of sample-and-rank", RANKS, lambda value: rank(int(value)).label),
-        "frs": ("K of flow reversal steering", REVERSALS, lambda value: reversal(int(value)).label),
+        "partial": ("noise level tau", TAUS, lambda value: tau(value).label),
+        "rank": ("candidates n", RANKS, lambda value: rank(int(value)).label),
+        "frs": ("steps K, back and forth", REVERSALS, lambda value: reversal(int(value)).label),
     }
-    for name, (axis, values, label_of) in curves.items():
-        series = {family: [comparison.mean(label_of(value), family) for value in values] for family in FAMILIES}
-        success_curve(values, series, HERE / f"sweep-{name}.png", axis=axis, logarithmic=name != "partial")
+    for name, (xlabel, values, label_of) in curves.items():
+        lines_of = {
+            family: {value: comparison.mean(label_of(value), family) for value in values} for family in FAMILIES
+        }
+        success_curve(
+            lines_of,
+            HERE / f"sweep-{name}.png",
+            xlabel=xlabel,
+            title=TITLES[name],
+            scale="linear" if name == "partial" else "log",
+        )
     robustness("reasoner-error", "error", ERRORS, "probability that the reasoner names a wrong direction")
-    robustness("magnitude", "magnitude", MAGNITUDES, "magnitude of the reference")
+    robustness("magnitude", "magnitude", MAGNITUDES, "magnitude of the reference, environment units")
     return "\n".join(lines) + "\n"
 
 
-def robustness(study: str, word: str, values: tuple[float, ...], axis: str) -> None:
+def robustness(study: str, word: str, values: tuple[float, ...], xlabel: str) -> None:
     """Draw success, mean over the three tasks, against a property of the reasoner."""
     comparison = comparison_of(read_results(RESULTS / f"{study}.json"))
-    methods = ("direct", tau(MAIN_TAU).label, reversal(MAIN_REVERSAL).label)
-    series = {method: [comparison.mean(f"{method}, {word} {value:g}") for value in values] for method in methods}
-    success_curve(values, series, HERE / f"{study}.png", axis=axis)
+    methods = {"direct": direct().label, "partial": tau(MAIN_TAU).label, "frs": reversal(MAIN_REVERSAL).label}
+    lines = {
+        name: {value: comparison.mean(f"{label}, {word} {value:g}") for value in values}
+        for name, label in methods.items()
+    }
+    success_curve(
+        lines,
+        HERE / f"{study}.png",
+        xlabel=xlabel,
+        title=TITLES[study],
+        subtitle=f"Mean over {', '.join(task.split('/')[1] for task in ROBUSTNESS_TASKS)}",
+    )
 
 
 def _cell(rate: float, interval: tuple[float, float]) -> str:

@@ -258,7 +258,7 @@ class Analyse:
 
     env: tyro.conf.Positional[str]
     """The task whose states and references are used."""
-    references: int = 256
+    references: int = 128
     """How many references."""
     seed: int = 0
     """What the states descend from."""

@@ -24,7 +24,7 @@ from counterflow.reasoners import to_reference
 from counterflow.steering import MethodSettings, Reference, steer
 
 PAPER_STEPS = (2, 3, 5, 10, 20, 50, 100)
-LIKELIHOOD_STEPS = 20
+LIKELIHOOD_STEPS = 10
 
 
 @dataclass(frozen=True)

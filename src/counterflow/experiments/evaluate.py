@@ -137,8 +137,11 @@ def load_prior(env: str, policy: str | None = None, device: str = "cpu") -> Base
     """Load the base policy for an environment: the one at `policy`, or the shipped prior of its family.
 
     Raises:
+        UnknownNameError: no such environment, or no such policy.
+        CheckpointError: the policy can't be read.
         MismatchError: no prior is shipped for this family and none was given.
     """
+    check_env_name(env)
     if policy is not None:
         return load(policy, device)
     family = family_of(env)
