@@ -244,12 +244,35 @@ class Film:
     """Height and width of a side, pixels."""
     quality: Literal["fast", "dataset"] = "fast"
     """dataset: draw as the benchmark itself does (about ten times slower)."""
-    contrast: bool = True
-    """Choose an episode where the policy alone fails and the steered one succeeds, if there is one among twenty."""
+    candidates: int = 16
+    """How many episodes to try for one where the policy alone fails and the steered one succeeds; 1 films the first."""
     policy: str | None = None
     """A checkpoint or run folder; default: the shipped prior of the task's family."""
     steering: Annotated[Steering, tyro.conf.arg(name="")] = field(default_factory=Steering)
     reasoning: Annotated[Reasoning, tyro.conf.arg(name="")] = field(default_factory=Reasoning)
+
+    def run(self, console: Console) -> None:
+        """Film."""
+        from counterflow.envs import RenderSettings
+        from counterflow.experiments.film import film
+
+        out = self.out or Path("videos") / f"{self.env.split('/')[-1]}-{self.steer}.mp4"
+        with console.status(f"filming {self.env}"):
+            film(
+                self.env,
+                out,
+                method=self.steer,
+                seed=self.seed,
+                gif=self.gif,
+                render=RenderSettings(self.size, self.size, self.quality),
+                candidates=self.candidates,
+                policy=self.policy,
+                settings=self.steering.settings(),
+                reasoner=self.reasoning.settings(),
+            )
+        console.print(f"  {out}")
+        if self.gif is not None:
+            console.print(f"  {self.gif}")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
         StorageError: writing or renaming failed; what stood at `path` before is untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
+    temporary = partial_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -37,15 +37,24 @@ def replacing(path: Path | str) -> Iterator[Path]:
     except OSError as error:
         if isinstance(error, StorageError):
             raise
-        raise storage_error(path, error) from error
+        raise storage_error(path, reason_of(error)) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def storage_error(path: Path, error: OSError) -> StorageError:
+def partial_path(path: Path) -> Path:
+    """Return the name under which this process writes `path` until it is whole: hidden, in the same folder."""
+    return path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
+
+
+def reason_of(error: OSError) -> str:
+    """Say in words why the system refused."""
+    return "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+
+
+def storage_error(path: Path, reason: str) -> StorageError:
     """Return the error that says why `path` could not be written and what to do."""
-    reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
     return StorageError(
         f"can't write {path}: {reason}. Free some room or choose another place; a file that stood there before is "
         "untouched."

@@ -77,7 +77,9 @@ def make_env(
         name: full name, for example "ogbench/cube-single-task1"; `env_names()` lists them.
         num_envs: N, how many copies.
         seed: the seed from which resets without explicit seeds descend.
-        workers: processes to use; 0 for none (everything in this process); default one a core, at most N.
+        workers: processes to use; 0 for none (everything in this process); default one a core, at most N, and none
+            for a single environment. A script that uses processes must have its code under
+            `if __name__ == "__main__":`, because they import it anew.
         render: size and quality of frames; None if none will be drawn.
 
     Raises:

@@ -143,8 +143,9 @@ class _Worker:
         self._process.join(timeout=5)
         return WorkerError(
             f"the worker process of environments {self.rows.start} to {self.rows.stop - 1} died (exit code "
-            f"{self._process.exitcode}; -9 means it was killed, often for want of memory). Make the vector environment "
-            "again with fewer environments or workers."
+            f"{self._process.exitcode}). If that is 1 and this is a script, put its code under 'if __name__ == \"__main__\":' "
+            "(worker processes import the script anew), or pass workers=0. If it is -9 the process was killed, often for "
+            "want of memory: use fewer environments."
         )
 
 
@@ -155,7 +156,7 @@ class VectorEnv:
         makers: one picklable function a row, each making its environment.
         seed: the seed from which `reset()` without seeds descends.
         workers: how many processes to use; 0 keeps every environment in the caller's process. Default: the number of
-            cores, at most N.
+            cores, at most N; 0 for a single environment.
 
     Raises:
         WorkerError: a worker died or an environment failed in it (from any method).
@@ -163,7 +164,7 @@ class VectorEnv:
 
     def __init__(self, makers: Sequence[MakeTask], seed: int, workers: int | None = None) -> None:
         if workers is None:
-            workers = min(os.cpu_count() or 1, len(makers))
+            workers = 0 if len(makers) == 1 else min(os.cpu_count() or 1, len(makers))
         if workers < 0:
             raise InvalidInputError(f"workers is {workers}; expected 0 (this process) or more.")
         self.num_envs = len(makers)

@@ -42,6 +42,7 @@ class Episode:
         frames: the images, where it was filmed: one before the first step and one after each.
         directions: what the reasoner said at each chunk, where it was filmed.
         moments: where the gripper was at each chunk, (3,) metres, where it was filmed.
+        chunk_steps: how many actions of each chunk were executed.
     """
 
     seed: int
@@ -98,6 +99,7 @@ def run_episodes(
     *,
     convention: Convention = OGBENCH,
     film: bool = False,
+    max_chunks: int | None = None,
     on_episode: Callable[[Episode], None] | None = None,
 ) -> list[Episode]:
     """Run one episode a seed and return them in the order of the seeds.
@@ -109,6 +111,7 @@ def run_episodes(
         make_reasoner: makes the reasoner of a row; None: nobody gives references.
         convention: how directions are written into references.
         film: keep a frame of every step (the environment must be able to render).
+        max_chunks: end every episode after this many chunks, if it isn't over before; None: let it come to its end.
         on_episode: called with each episode as it finishes.
 
     Raises:
@@ -157,7 +160,7 @@ def run_episodes(
         for row in active:
             index = playing[row]
             _account(episodes[index], averages[index], plan, batch, row)
-            if batch.done[row]:
+            if batch.done[row] or episodes[index].chunks == max_chunks:
                 _close(episodes[index], averages[index])
                 if on_episode is not None:
                     on_episode(episodes[index])

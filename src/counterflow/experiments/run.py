@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from counterflow.errors import CheckpointError, StorageError, TrainingError
-from counterflow.files import replacing, storage_error
+from counterflow.files import reason_of, replacing, storage_error
 
 
 class Run:
@@ -178,4 +178,4 @@ def _storing(path: Path) -> Iterator[None]:
     except StorageError:
         raise
     except OSError as error:
-        raise storage_error(path, error) from error
+        raise storage_error(path, reason_of(error)) from error
