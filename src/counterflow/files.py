@@ -14,19 +14,23 @@ from counterflow.errors import StorageError
 
 
 @contextmanager
-def replacing(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `path` for the block to write; rename it to `path` when the block succeeds.
+def replacing(path: Path | str, scratch: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary path for the block to write; rename it to `path` when the block succeeds.
 
     The content reaches the disk before the name does, so after a power cut, too, `path` holds all of one version.
 
+    Args:
+        path: where the file goes; its folder is made.
+        scratch: folder, on the same file system, for the file until it is whole; None: the one it goes to.
+
     Yields:
-        The temporary path: hidden, in the same folder, with the same suffix. Gone afterwards, whatever happens.
+        The temporary path: hidden, with the same suffix. Gone afterwards, whatever happens (unless the process is killed).
 
     Raises:
         StorageError: writing or renaming failed; what stood at `path` before is untouched.
     """
     path = Path(path)
-    temporary = partial_path(path)
+    temporary = partial_path(path if scratch is None else scratch / path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

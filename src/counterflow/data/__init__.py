@@ -9,12 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from counterflow.data.collect import Collected, collect
+from counterflow.data.episodes import EpisodeDataset
 from counterflow.data.recipe import Recipe
 
 if TYPE_CHECKING:
     from counterflow.data.sampling import ChunkBatch, ChunkSampler
 
-__all__ = ["ChunkBatch", "ChunkSampler", "Collected", "Recipe", "collect"]
+__all__ = ["ChunkBatch", "ChunkSampler", "Collected", "EpisodeDataset", "Recipe", "collect"]
 
 
 def __getattr__(name: str) -> Any:

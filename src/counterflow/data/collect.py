@@ -1,7 +1,8 @@
 """Collecting a dataset in parallel worker processes, so that it may be interrupted at any moment.
 
-Every finished episode is a small file in `<out>.partial/`, put there whole or not at all; the archives in OGBench's layout are
-assembled from them at the end. What was killed goes on where it stopped and gives the same bytes as if it had not been.
+Every finished episode is a small file in `<out>.partial/`, put there whole or not at all; the archives in OGBench's
+layout are assembled from them at the end. What was killed goes on where it stopped and gives the same bytes as if it
+had not been.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
@@ -39,7 +40,7 @@ class Collected:
         provenance_path: how both were made (json).
         episodes: number of episodes in both archives together.
         transitions: number of transitions in both archives together.
-        made: how many of the episodes were made by this call: fewer than all after an interruption, 0 if all was there before.
+        made: how many of the episodes this call made: fewer than all after an interruption, 0 if all was there before.
     """
 
     path: Path
@@ -65,9 +66,9 @@ def collect(
 ) -> Collected:
     """Collect demonstrations from OGBench's scripted oracles, following its official recipe.
 
-    Leaves `out` (X.npz), X-val.npz and X.json (provenance). The data depends on the arguments that describe it and not on
-    `workers` or interruptions. A call after an interruption goes on; a call after completion does nothing. Scripts must call
-    this under `if __name__ == "__main__"`, because worker processes import the script anew.
+    Leaves `out` (X.npz), X-val.npz and X.json (provenance). The data depends on the arguments that describe it, not on
+    `workers` or interruptions. A call after an interruption goes on; a call after completion does nothing. Scripts
+    must call this under `if __name__ == "__main__"`, because worker processes import the script anew.
 
     Args:
         env: a family of environments, for example "ogbench/cube-single"; `counterflow.envs.families()` lists them.
@@ -75,42 +76,53 @@ def collect(
         episodes: how many episodes to train on.
         validation_episodes: how many more to hold out; default a tenth of `episodes`, at least one.
         seed: from which every episode descends.
-        out: where the dataset goes, ending in ".npz"; its folder is made if it is missing.
+        out: where the dataset goes, ending in ".npz"; its folder is made if it is missing. While episodes are made,
+            the disk needs room for the dataset twice.
         workers: processes to use; 0 for none (everything in this process); default one a core.
         max_episode_steps: transitions in every episode.
         overwrite: replace another dataset, finished or not, that lies at `out`.
-        on_progress: called in this process as `on_progress(episodes_done, episodes_in_all, transitions_done)`, once at the
-            start and once after every episode.
+        on_progress: called in this process as `on_progress(episodes_done, episodes_in_all, transitions_done)`, once at
+            the start and once after every episode.
 
     Raises:
         UnknownNameError: no such family or kind; the nearest are suggested.
         InvalidInputError: a number is out of range, or `out` doesn't end in ".npz".
         MismatchError: another dataset, finished or not, lies at `out`.
-        StorageError: writing failed; finished episodes are safe.
-        WorkerError: a worker failed or died, or another call is collecting to `out`; finished episodes are safe.
+        StorageError: writing failed, or another process is collecting to `out`; finished episodes are safe.
+        WorkerError: a worker failed or died; finished episodes are safe.
     """
     if validation_episodes is None:
         validation_episodes = max(1, episodes // 10)
-    recipe = Recipe(env, kind, seed, episodes, validation_episodes, max_episode_steps)
+    recipe = Recipe.official(
+        env,
+        kind,
+        seed=seed,
+        episodes=episodes,
+        validation_episodes=validation_episodes,
+        max_episode_steps=max_episode_steps,
+    )
     if workers is None:
         workers = os.cpu_count() or 1
     if workers < 0:
         raise InvalidInputError(f"workers is {workers}; expected 0 (this process) or more.")
     store = EpisodeStore(Path(out), recipe)
-    report = on_progress or (lambda done, total, transitions: None)
+
+    def report(done: int) -> None:
+        if on_progress is not None:
+            on_progress(done, recipe.total_episodes, done * recipe.max_episode_steps)
 
     if not overwrite and store.is_complete():
         store.discard_partial()
-        report(recipe.total_episodes, recipe.total_episodes, store.transitions)
+        report(recipe.total_episodes)
         return _collected(store, made=0)
     with store.locked():
         store.prepare(overwrite)
         missing = [index for index in range(recipe.total_episodes) if not store.has_episode(index)]
-        done = recipe.total_episodes - len(missing)
-        report(done, recipe.total_episodes, done * recipe.max_episode_steps)
-        for _ in _make_episodes(store, missing, workers):
-            done += 1
-            report(done, recipe.total_episodes, done * recipe.max_episode_steps)
+        already = recipe.total_episodes - len(missing)
+        report(already)
+        with contextlib.closing(_make_episodes(store, missing, workers)) as finished:
+            for count, _ in enumerate(finished, start=1):
+                report(already + count)
         store.assemble()
         store.discard_partial()
     return _collected(store, made=len(missing))
@@ -127,56 +139,57 @@ def _collected(store: EpisodeStore, made: int) -> Collected:
     )
 
 
-def _make_episodes(store: EpisodeStore, missing: Sequence[int], workers: int) -> Iterator[int]:
+def _make_episodes(store: EpisodeStore, missing: Sequence[int], workers: int) -> Generator[int]:
     """Make the `missing` episodes and yield the index of each once it is safe on disk."""
-    if not missing:
-        return
     if workers == 0:
-        before = np.random.get_state()  # the oracles draw from numpy's global generator, which is the caller's here
-        try:
-            maker = EpisodeMaker(store.recipe)
-            for index in missing:
-                store.write_episode(index, maker.make(index))
-                yield index
-        finally:
-            np.random.set_state(before)
+        yield from _make_episodes_here(store, missing)
         return
-
-    crew: dict[Connection, _Worker] = {}
+    # "spawn" gives workers a clean start: a fork would carry the caller's threads' locks with it.
+    context = multiprocessing.get_context("spawn")
     todo = iter(missing)
+    crew: list[_Worker] = []
     try:
-        # "spawn" gives workers a clean start: a fork would carry the caller's threads' locks with it.
-        context = multiprocessing.get_context("spawn")
         for index in itertools.islice(todo, workers):
-            worker = _Worker(context, store)
-            crew[worker.connection] = worker
-            worker.send(index)
-        while crew:
-            for connection in wait(list(crew)):
-                worker = crew[connection]
+            crew.append(_Worker(context, store))
+            crew[-1].send(index)
+        busy = list(crew)
+        while busy:
+            ready = wait([worker.connection for worker in busy])
+            for worker in [worker for worker in busy if worker.connection in ready]:
                 yield worker.receive()
                 following = next(todo, None)
                 if following is None:
-                    del crew[connection]
-                    worker.dismiss()
+                    busy.remove(worker)
                 else:
                     worker.send(following)
     finally:
-        for worker in crew.values():
+        for worker in crew:
             worker.dismiss()
-        for worker in crew.values():
+        for worker in crew:
             worker.join()
 
 
+def _make_episodes_here(store: EpisodeStore, missing: Sequence[int]) -> Generator[int]:
+    """Do the same in this process, and leave numpy's global generator, from which the oracles draw, as it was."""
+    before = np.random.get_state()
+    try:
+        maker = EpisodeMaker(store.recipe)
+        for index in missing:
+            store.write_episode(index, maker.make(index))
+            yield index
+    finally:
+        np.random.set_state(before)
+
+
 class _Worker:
-    """The caller's end of one worker process, which holds one episode at a time."""
+    """The caller's end of one worker process, which makes one episode at a time."""
 
     def __init__(self, context: SpawnContext, store: EpisodeStore) -> None:
+        self._partial = store.partial
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_work, args=(theirs, store), daemon=True)
         self._process.start()
         theirs.close()
-        self._partial = store.partial
 
     def send(self, index: int) -> None:
         try:
@@ -187,10 +200,10 @@ class _Worker:
     def receive(self) -> int:
         """Return the index of the episode that was finished, or raise what went wrong."""
         try:
-            answer: int | Exception = self.connection.recv()
+            answer: int | CounterflowError = self.connection.recv()
         except (EOFError, OSError) as error:
             raise self._death() from error
-        if isinstance(answer, Exception):
+        if isinstance(answer, CounterflowError):
             raise answer
         return answer
 
@@ -199,7 +212,7 @@ class _Worker:
         self.connection.close()
 
     def join(self) -> None:
-        """Wait until the process has ended, and end it if it takes too long."""
+        """Wait until the process has ended, and end it if that takes too long."""
         self._process.join(SECONDS_TO_FINISH)
         if self._process.is_alive():
             self._process.terminate()
@@ -208,9 +221,9 @@ class _Worker:
     def _death(self) -> WorkerError:
         self._process.join(SECONDS_TO_FINISH)
         return WorkerError(
-            f"a worker process died (exit code {self._process.exitcode}; -9 means it was killed, often for want of memory). "
-            f"Finished episodes are safe in {self._partial}; run the same command again to go on, with fewer workers if memory "
-            "is short."
+            f"a worker process died (exit code {self._process.exitcode}; -9 means it was killed, often for want of "
+            f"memory). Finished episodes are safe in {self._partial}; run the same command again to go on, with fewer "
+            "workers if memory is short."
         )
 
 
@@ -218,7 +231,8 @@ def _work(connection: Connection, store: EpisodeStore) -> None:
     """Run in the worker: make the episodes asked for until the caller hangs up."""
     # Ctrl-C reaches every process of the terminal; the caller alone decides what happens, and hangs up.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.setdefault("MUJOCO_GL", "disable")  # nothing is drawn; without it dm_control looks for a screen and complains
+    # Nothing is drawn; without this dm_control looks for a screen and complains that there is none.
+    os.environ.setdefault("MUJOCO_GL", "disable")
     try:
         maker = EpisodeMaker(store.recipe)
         while True:
@@ -226,10 +240,16 @@ def _work(connection: Connection, store: EpisodeStore) -> None:
             store.write_episode(index, maker.make(index))
             connection.send(index)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        return
+        return  # the caller has hung up, or is gone
     except Exception as error:
-        if not isinstance(error, CounterflowError):
-            error = WorkerError(f"making an episode failed: {type(error).__name__}: {error}. Finished episodes are safe.")
-        error.add_note(f"In the worker process:\n{traceback.format_exc()}")
-        with contextlib.suppress(BrokenPipeError):
-            connection.send(error)
+        told = error if isinstance(error, CounterflowError) else _failure(error, store)
+        told.add_note(f"In the worker process:\n{traceback.format_exc()}")
+        with contextlib.suppress(OSError):
+            connection.send(told)
+
+
+def _failure(error: Exception, store: EpisodeStore) -> WorkerError:
+    return WorkerError(
+        f"a worker process failed with {type(error).__name__}: {error}. Finished episodes are safe in {store.partial}; "
+        "mend the cause and run the same command again to go on."
+    )

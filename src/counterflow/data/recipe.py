@@ -1,18 +1,19 @@
 """How one episode of OGBench's manipulation data is made.
 
-The recipe is OGBench's own (arXiv 2410.20092, section "Dataset collection"; `data_gen_scripts/generate_manipspace.py` and
-`commands.sh` of seohongpark/ogbench): a scripted oracle pursues one random sub-task after another for 1001 steps.
+The recipe is OGBench's own (arXiv 2410.20092; `data_gen_scripts/generate_manipspace.py` and `commands.sh` of
+seohongpark/ogbench): a scripted oracle pursues one random sub-task after another for 1001 steps.
 
 - *play*: an open-loop oracle follows a plan to which temporally correlated noise was added.
-- *noisy*: a closed-loop oracle whose actions get Gaussian noise, its scale drawn once an episode, and are sometimes replaced
-  by random ones.
+- *noisy*: a closed-loop oracle whose actions get Gaussian noise, its scale drawn once an episode, and are sometimes
+  replaced by random ones.
 
-One thing differs, on purpose: an episode here depends on (seed, index) alone, so it does not matter which process makes it,
-after which others.
+One thing differs, on purpose: an episode here depends on (seed, index) alone, so it does not matter which process makes
+it, after which others.
 """
 
 from __future__ import annotations
 
+import itertools
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -37,7 +38,7 @@ DTYPES = {
 }
 
 ACTION_DIM = 5
-NOISY_ACTION_SCALE = np.array([1.0, 1.0, 1.0, 3.0, 10.0])  # of the noise on x, y, z, yaw, gripper, in normalised actions
+NOISY_ACTION_SCALE = np.array([1.0, 1.0, 1.0, 3.0, 10.0])  # of the noise on normalised x, y, z, yaw, gripper
 SCENE_ORACLE_STEPS = 100  # after which the noisy scene's cube oracle gives up
 STACKING = {  # from what range an episode's probability of stacking a cube on another is drawn
     "cube-single": (0.0, 0.0),
@@ -61,26 +62,36 @@ class Recipe:
         episodes: how many episodes to train on.
         validation_episodes: how many more to hold out.
         max_episode_steps: transitions in an episode.
-        noise: scale of the noise on a plan ("play"), or the largest scale of the noise on actions ("noisy"); normalised.
+        noise: scale of the noise on a plan ("play"), or the largest scale of the noise on normalised actions ("noisy").
         noise_smoothing: standard deviation, in steps, of the Gaussian that smooths a plan's noise.
         min_norm: the shortest way, in metres, that the closed-loop oracle aims for.
-        p_random_action: how often a noisy action is replaced by a uniformly random one; negative for the official value.
+        p_random_action: how often an action is replaced by a uniformly random one.
 
     Raises:
         UnknownNameError: no such family or kind.
         InvalidInputError: a number is out of range.
     """
 
-    env: str = "ogbench/cube-single"
-    kind: Kind = "play"
-    seed: int = 0
-    episodes: int = 1000
-    validation_episodes: int = 100
+    env: str
+    kind: Kind
+    seed: int
+    episodes: int
+    validation_episodes: int
     max_episode_steps: int = 1001
     noise: float = 0.1
     noise_smoothing: float = 0.5
     min_norm: float = 0.4
-    p_random_action: float = -1.0
+    p_random_action: float = 0.0
+
+    @classmethod
+    def official(
+        cls, env: str, kind: Kind, *, seed: int, episodes: int, validation_episodes: int, max_episode_steps: int = 1001
+    ) -> Recipe:
+        """Return the recipe with OGBench's own noise for this family and kind."""
+        p_random_action = 0.0
+        if kind == "noisy":
+            p_random_action = 0.2 if env.startswith("ogbench/puzzle") else 0.1
+        return cls(env, kind, seed, episodes, validation_episodes, max_episode_steps, p_random_action=p_random_action)
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -92,10 +103,6 @@ class Recipe:
         for name, least in (("episodes", 1), ("validation_episodes", 0), ("max_episode_steps", 2)):
             if getattr(self, name) < least:
                 raise InvalidInputError(f"{name} is {getattr(self, name)}; expected {least} or more.")
-        if self.p_random_action < 0:
-            puzzle = self.family.startswith("puzzle")
-            official = 0.0 if self.kind == "play" else 0.2 if puzzle else 0.1
-            object.__setattr__(self, "p_random_action", official)
 
     @property
     def family(self) -> str:
@@ -112,39 +119,40 @@ class EpisodeMaker:
     """A simulator and its oracles, ready to make any episode of a recipe."""
 
     def __init__(self, recipe: Recipe) -> None:
-        import gymnasium
-        import ogbench.manipspace  # noqa: F401  # registers the environments
-
         self._recipe = recipe
-        self._env: Any = gymnasium.make(
-            f"{recipe.family}-v0", terminate_at_goal=False, mode="data_collection", disable_env_checker=True
-        ).unwrapped
+        self._env = _make_simulator(recipe)
         self._oracles = _make_oracles(recipe, self._env)
         self._env.reset(seed=child_seed(recipe.seed, "first"))
-        self._targets = {name: deepcopy(value) for name, value in vars(self._env).items() if name.startswith("_target_")}
+        self._targets = {
+            name: deepcopy(value) for name, value in vars(self._env).items() if name.startswith("_target_")
+        }
         self._target_sites = self._env.model.site_pos.copy()
 
     def make(self, index: int) -> Episode:
-        """Make episode `index`: `DTYPES` with a leading axis of `max_episode_steps` (button_states where the family has any).
+        """Make episode `index`.
 
-        The scene is tried again until its cube stays in view or in the drawer: elsewhere images could not tell where it is.
+        A scene is made again until its cube stays in view or in the drawer: elsewhere, images can't tell where it is.
+
+        Returns:
+            The arrays named in `DTYPES`, each with a leading axis of `max_episode_steps`; button_states only where the
+            family has buttons.
         """
-        attempt = 0
-        while True:
+        for attempt in itertools.count():
             episode = self._attempt(child_seed(self._recipe.seed, "episode", index, attempt))
             if self._recipe.family != "scene" or _cube_stays_in_view(episode["qpos"][:, SCENE_CUBE]):
-                return episode
-            attempt += 1
+                break
+        return episode
 
     def _attempt(self, seed: int) -> Episode:
         recipe, env = self._recipe, self._env
-        np.random.seed(child_seed(seed, "oracle"))  # noqa: NPY002  # the oracles draw from numpy's global generator
+        np.random.seed(child_seed(seed, "oracle"))  # the oracles draw from numpy's global generator
         rng = np.random.default_rng(child_seed(seed, "actions"))
-        # Each sub-task sets its own targets and leaves those of others; an oracle acts on these once after it takes over.
+        # A sub-task sets its own targets and leaves those of others, and OGBench shows an oracle that takes over what
+        # was there before it: without this an episode would depend on the one before.
         vars(env).update(deepcopy(self._targets))
         env.model.site_pos[:] = self._target_sites
         observation, info = env.reset(seed=child_seed(seed, "environment"))
-        # The constraint solver starts from its last solution, and reset leaves one there that depends on the episode before.
+        # For the same reason: the constraint solver starts from its last solution.
         env.data.qacc_warmstart[:] = 0.0
 
         p_stack = rng.uniform(*STACKING.get(recipe.family, STACKING_ELSEWHERE))
@@ -176,6 +184,14 @@ class EpisodeMaker:
                 oracle = self._oracles[target_info["privileged/target_task"]]
                 oracle.reset(target_observation, target_info)
         return {name: np.asarray(values, DTYPES[name]) for name, values in rows.items() if values}
+
+
+def _make_simulator(recipe: Recipe) -> Any:
+    """Return the family's environment as it is when data is collected: without a goal, a time limit or wrappers."""
+    import gymnasium
+    import ogbench.manipspace  # noqa: F401  # registers the environments
+
+    return gymnasium.make(f"{recipe.family}-v0", terminate_at_goal=False, mode="data_collection").unwrapped
 
 
 def _make_oracles(recipe: Recipe, env: Any) -> dict[str, Any]:
@@ -213,7 +229,7 @@ def _make_oracles(recipe: Recipe, env: Any) -> dict[str, Any]:
 
 
 def _cube_stays_in_view(positions: npt.NDArray[np.floating]) -> bool:
-    """Say whether the cube's `positions` (T, 3), metres, are never too far right, nor too far left outside the drawer."""
+    """Say whether the cube, at `positions` (T, 3) in metres, is never too far right, nor too far left of the drawer."""
     _, y, z = positions.T
     too_far_right = y >= 0.29
     too_far_left = (y <= -0.3) & ((z < 0.06) | (z > 0.08))

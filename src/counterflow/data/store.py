@@ -1,8 +1,7 @@
-"""Where a dataset comes into being: finished episodes one by one, then the whole archives, each put in place atomically."""
+"""Where a dataset comes into being: finished episodes one by one, then whole archives, each put in place atomically."""
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 import zipfile
@@ -17,16 +16,21 @@ import numpy as np
 import numpy.typing as npt
 
 import counterflow
-from counterflow.data.npz import Column, replacing, write_npz
-from counterflow.data.recipe import DTYPES, Episode, Recipe
-from counterflow.errors import DatasetError, InvalidInputError, MismatchError, StorageError, WorkerError
+from counterflow.data.npz import Column, write_npz
+from counterflow.data.recipe import Episode, Recipe
+from counterflow.errors import DatasetError, InvalidInputError, MismatchError, StorageError
+from counterflow.files import reason_of, replacing
+
+_WAYS_OUT_OF_A_MISMATCH = (
+    "Use the same settings and versions to go on with it, choose another path, or pass overwrite=True to start over."
+)
 
 
 class EpisodeStore:
     """The files of one dataset, finished or not.
 
-    While episodes are made they lie one a file in `<out>.partial/`, beside a manifest that says what they belong to. `assemble`
-    joins them; the training archive is put in place last, so its presence means that the dataset is complete.
+    While episodes are made they lie one a file in `<out>.partial/`, beside a manifest that says what they belong to.
+    `assemble` joins them and puts the training archive in place last, so its presence means that all is complete.
 
     Args:
         out: path of the training archive, ending in ".npz".
@@ -57,10 +61,12 @@ class EpisodeStore:
             found = json.loads(self.provenance_path.read_text())["recipe"]
         except (OSError, ValueError, KeyError, TypeError):
             raise MismatchError(
-                f"{self.path} exists, and no {self.provenance_path.name} beside it says how it was made. Choose another path, "
-                "or pass overwrite=True to replace it."
+                f"{self.path} exists, and no {self.provenance_path.name} beside it says how it was made. Choose "
+                "another path, or pass overwrite=True to replace it."
             ) from None
-        self._check_same(found, asdict(self.recipe), f"{self.path} holds another dataset")
+        difference = _difference(found, asdict(self.recipe))
+        if difference:
+            raise MismatchError(f"{self.path} holds another dataset: {difference}. {_WAYS_OUT_OF_A_MISMATCH}")
         return True
 
     @contextmanager
@@ -68,7 +74,7 @@ class EpisodeStore:
         """Keep other processes from collecting to the same place; the system frees the lock if this one is killed.
 
         Raises:
-            WorkerError: another process holds the lock.
+            StorageError: another process holds the lock, or the folder can't be made.
         """
         import fcntl  # POSIX only, where OGBench's simulator is at home
 
@@ -79,7 +85,7 @@ class EpisodeStore:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise WorkerError(
+                raise StorageError(
                     f"another process is collecting to {self.path}. Wait until it has finished, or stop it first."
                 ) from None
             yield
@@ -90,10 +96,11 @@ class EpisodeStore:
         try:
             yield
         except OSError as error:
-            reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+            cause = error.__cause__ if isinstance(error, StorageError) else error
+            reason = reason_of(cause) if isinstance(cause, OSError) else str(error)
             raise StorageError(
                 f"writing the dataset {self.path} failed: {reason}. The episodes finished so far are safe in "
-                f"{self.partial}; make room for it and run the same command again to go on from there."
+                f"{self.partial}. Mend the cause and run the same command again to go on from there."
             ) from error
 
     def prepare(self, overwrite: bool) -> None:
@@ -102,28 +109,28 @@ class EpisodeStore:
         Raises:
             MismatchError: the folder holds episodes of another dataset, and `overwrite` is False.
         """
-        for leftover in self.partial.glob(".*.tmp"):
+        for leftover in self.partial.glob(".*.partial-*"):
             leftover.unlink(missing_ok=True)
         manifest = self.partial / "manifest.json"
         wanted = {"recipe": asdict(self.recipe), "versions": _versions()}
         if manifest.exists():
             found = json.loads(manifest.read_text())
-            try:
-                for part in wanted:
-                    self._check_same(found[part], wanted[part], f"{self.partial} holds an unfinished collection of another kind")
+            difference = _difference(found["recipe"] | found["versions"], wanted["recipe"] | wanted["versions"])
+            if not difference:
                 return
-            except MismatchError:
-                if not overwrite:
-                    raise
+            if not overwrite:
+                raise MismatchError(
+                    f"{self.partial} holds another, unfinished dataset: {difference}. {_WAYS_OUT_OF_A_MISMATCH}"
+                )
         for episode in self.partial.glob("episode-*.npz"):
             episode.unlink()
-        with self._storing(), replacing(manifest) as file:
-            file.write(_to_json(wanted))
+        with self._storing(), replacing(manifest) as temporary:
+            temporary.write_text(_to_json(wanted))
 
     def write_episode(self, index: int, episode: Episode) -> None:
         """Put a finished episode in place, whole or not at all."""
-        with self._storing(), replacing(self._episode_path(index)) as file:
-            write_npz(file, {name: Column(array.shape, array.dtype, [array]) for name, array in episode.items()})
+        with self._storing(), replacing(self._episode_path(index)) as temporary:
+            write_npz(temporary, {name: Column(array.shape, array.dtype, [array]) for name, array in episode.items()})
 
     def has_episode(self, index: int) -> bool:
         """Say whether the episode lies there whole; what is left of a damaged one is removed."""
@@ -143,14 +150,14 @@ class EpisodeStore:
             "recipe": asdict(recipe),
             "versions": _versions(),
             "transitions": self.transitions,
-            "source": "scripted oracles of the ogbench package, after OGBench's generate_manipspace.py (arXiv 2410.20092)",
+            "source": "scripted oracles of the ogbench package, recipe of OGBench (arXiv 2410.20092)",
         }
         if recipe.validation_episodes:
             self._assemble(self.validation_path, range(recipe.episodes, recipe.total_episodes))
         else:
             self.validation_path.unlink(missing_ok=True)
-        with self._storing(), replacing(self.provenance_path, scratch=self.partial) as file:
-            file.write(_to_json(provenance))
+        with self._storing(), replacing(self.provenance_path, scratch=self.partial) as temporary:
+            temporary.write_text(_to_json(provenance))
         self._assemble(self.path, range(recipe.episodes))
 
     def discard_partial(self) -> None:
@@ -163,21 +170,21 @@ class EpisodeStore:
         return self.recipe.total_episodes * self.recipe.max_episode_steps
 
     def _assemble(self, path: Path, indices: range) -> None:
-        first = self._read_episode(indices[0])
         columns = {
             name: Column(
                 shape=(len(indices) * self.recipe.max_episode_steps, *array.shape[1:]),
                 dtype=array.dtype,
                 blocks=self._blocks(name, indices),
             )
-            for name, array in first.items()
+            for name, array in self._read_episode(indices[0]).items()
         }
-        with self._storing(), replacing(path, scratch=self.partial) as file:
-            write_npz(file, columns)
+        with self._storing(), replacing(path, scratch=self.partial) as temporary:
+            write_npz(temporary, columns)
 
     def _blocks(self, name: str, indices: range) -> Iterator[npt.NDArray[Any]]:
         for index in indices:
-            yield self._read_episode(index)[name]
+            with np.load(self._episode_path(index)) as archive:
+                yield archive[name]
 
     def _read_episode(self, index: int) -> Episode:
         """Read an episode and check it completely.
@@ -190,25 +197,23 @@ class EpisodeStore:
             with np.load(path) as archive:  # reading a member checks its CRC
                 episode = {name: archive[name] for name in archive.files}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise DatasetError(f"the episode {path} is damaged: {error}. Collect again; it will be made anew.") from error
+            raise DatasetError(f"the episode {path} is damaged: {error}. Collect again; it is made anew.") from error
         steps = self.recipe.max_episode_steps
-        if not {"observations", "actions", "terminals", "qpos", "qvel"} <= episode.keys() <= DTYPES.keys() or any(
-            len(array) != steps for array in episode.values()
-        ):
-            raise DatasetError(f"the episode {path} is not one of {steps} steps. Collect again; it will be made anew.")
+        if not episode or any(len(array) != steps for array in episode.values()):
+            raise DatasetError(f"the episode {path} does not have {steps} steps. Collect again; it is made anew.")
         return episode
 
     def _episode_path(self, index: int) -> Path:
         return self.partial / f"episode-{index:06d}.npz"
 
-    def _check_same(self, found: dict[str, Any], wanted: dict[str, Any], complaint: str) -> None:
-        different = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
-        if different:
-            listing = ", ".join(f"{name} is {found.get(name)!r} there and {wanted.get(name)!r} here" for name in different)
-            raise MismatchError(
-                f"{complaint}: {listing}. Use the same settings to go on with it, choose another path, or pass overwrite=True "
-                "to start over."
-            )
+
+def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """Describe every value that differs; empty if none does."""
+    return ", ".join(
+        f"{name} is {found.get(name)!r} there and {wanted.get(name)!r} here"
+        for name in sorted({*found, *wanted})
+        if found.get(name) != wanted.get(name)
+    )
 
 
 def _versions() -> dict[str, str]:
@@ -216,5 +221,5 @@ def _versions() -> dict[str, str]:
     return {"counterflow": counterflow.__version__} | {name: version(name) for name in ("ogbench", "mujoco", "numpy")}
 
 
-def _to_json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()
+def _to_json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
