@@ -1,0 +1,191 @@
+"""Policies come back from disk as they were, and what isn't one is refused in plain words."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from counterflow.errors import CheckpointError, InvalidInputError, MismatchError, StorageError, UnknownNameError
+from counterflow.policies import (
+    ActionLayout,
+    ActionSpec,
+    FlowPolicy,
+    NetworkConfig,
+    Normaliser,
+    load,
+    save,
+    shipped_priors,
+)
+
+
+def policy(name: Any = "mlp", seed: int = 0) -> FlowPolicy:
+    torch.manual_seed(seed)
+    spec = ActionSpec(
+        3, 4, (-1.0,) * 4, (1.0,) * 4, Normaliser.fit(torch.randn(20, 4), "quantile"), ActionLayout((0, 1, 2), gripper=3)
+    )
+    made = FlowPolicy(NetworkConfig(name, 16, 2, 2), Normaliser.fit(torch.randn(20, 5)), spec, "ogbench/scene")
+    with torch.no_grad():
+        for parameter in made.network.parameters():  # a transformer begins as zero
+            parameter.normal_(0, 0.2)
+    made.provenance = {"data": {"file": "x.npz"}}
+    return made
+
+
+def velocity(of: FlowPolicy) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(1)
+    observation = torch.randn(6, 5, generator=rng)
+    with torch.no_grad():
+        return of.velocity(of.encode(observation), torch.randn(6, 3, 4, generator=rng), torch.rand(6, generator=rng))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return save(policy(), tmp_path / "mine")
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize("name", ["mlp", "transformer"])
+    def test_everything_comes_back(self, name: str, tmp_path: Path) -> None:
+        original = policy(name)
+        loaded = load(save(original, tmp_path / "mine.safetensors"))
+        assert torch.equal(velocity(loaded), velocity(original))
+        assert velocity(loaded).abs().max() > 0.01
+        assert loaded.fingerprint == original.fingerprint
+        assert loaded.action_spec.layout == original.action_spec.layout
+        assert loaded.action_spec.low == (-1.0,) * 4
+        chunk = torch.randn(2, 3, 4)
+        assert torch.equal(loaded.action_spec.denormalise(chunk), original.action_spec.denormalise(chunk))
+        assert loaded.provenance == original.provenance
+        assert loaded.family == "ogbench/scene"
+
+    def test_what_is_loaded_is_frozen(self, saved: Path) -> None:
+        assert not any(parameter.requires_grad for parameter in load(saved).parameters())
+
+    def test_every_way_to_name_it(self, saved: Path) -> None:
+        run = saved.parent / "run" / "checkpoints"
+        save(policy(), run / "policy")
+        prints = {load(way).fingerprint for way in (saved, saved.with_suffix(""), saved.with_suffix(".json"), run.parent)}
+        assert prints == {policy().fingerprint}
+
+    def test_the_json_tells_a_reader_everything(self, saved: Path) -> None:
+        content = json.loads(saved.with_suffix(".json").read_text())
+        assert content["format_version"] == 1
+        assert content["network"]["width"] == 16
+        assert content["provenance"]["data"]["file"] == "x.npz"
+
+    def test_the_weights_are_complete_without_it(self, saved: Path) -> None:
+        saved.with_suffix(".json").unlink()
+        assert load(saved).fingerprint == policy().fingerprint
+
+    def test_fingerprints_tell_policies_apart(self) -> None:
+        assert policy(seed=0).fingerprint == policy(seed=0).fingerprint != policy(seed=1).fingerprint
+
+
+class TestShipped:
+    @pytest.mark.parametrize("name", ["cube-single", "puzzle-3x3", "scene"])
+    def test_priors(self, name: str) -> None:
+        import counterflow.policies.checkpoint as checkpoint
+
+        assert name in shipped_priors()
+        prior = load(name)
+        assert prior.family == f"ogbench/{name}"
+        assert prior.action_spec.horizon == 5
+        assert (checkpoint.PRIORS / f"{name}.safetensors").stat().st_size < 4_000_000
+        assert prior.provenance["data"]["made_by"]["recipe"]["env"] == prior.family
+
+    def test_an_unknown_name_suggests_the_nearest(self) -> None:
+        with pytest.raises(UnknownNameError, match="did you mean 'cube-single'"):
+            load("cube-singel")
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("size", [0, 4, 500, -1])
+    def test_truncated(self, saved: Path, size: int) -> None:
+        saved.write_bytes(saved.read_bytes()[:size])
+        with pytest.raises(CheckpointError, match=r"mine\.safetensors .*truncated, damaged"):
+            load(saved)
+
+    def test_foreign(self, tmp_path: Path) -> None:
+        save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+        with pytest.raises(CheckpointError, match="FieldPolicy"):
+            load(tmp_path / "other.safetensors")
+
+    def test_newer(self, saved: Path) -> None:
+        rewrite(saved, format_version=2, counterflow_version="9.0")
+        with pytest.raises(CheckpointError, match=r"format 2 by Counterflow 9\.0.*Upgrade"):
+            load(saved)
+
+    def test_newer_json_beside(self, saved: Path) -> None:
+        beside = saved.with_suffix(".json")
+        beside.write_text(json.dumps({**json.loads(beside.read_text()), "format_version": 99}))
+        with pytest.raises(CheckpointError, match="format 99"):
+            load(saved)
+
+    def test_numbers_changed_by_hand(self, saved: Path) -> None:
+        with safe_open(saved, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata()
+        tensors["network.out.bias"] += 1
+        save_file(tensors, saved, metadata)
+        with pytest.raises(CheckpointError, match="fingerprint differs"):
+            load(saved)
+
+    @pytest.mark.parametrize("change", [{"family": 3, "action": {}}, {"network": {"name": "mlp", "width": 32}}])
+    def test_a_description_that_is_not_the_weights(self, saved: Path, change: dict[str, Any]) -> None:
+        rewrite(saved, **change)
+        with pytest.raises(CheckpointError, match="does not hold the policy that it describes"):
+            load(saved)
+
+    def test_pairs_that_do_not_belong_together(self, saved: Path, tmp_path: Path) -> None:
+        other = save(policy(seed=1), tmp_path / "other")
+        other.with_suffix(".json").replace(saved.with_suffix(".json"))
+        with pytest.raises(CheckpointError, match=r"describes another policy.*Delete it"):
+            load(saved)
+
+    def test_a_folder_without_a_policy(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="holds no policy"):
+            load(tmp_path)
+
+
+def test_a_full_disk_leaves_the_old_one(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("counterflow.policies.checkpoint.save_file", full)
+    with pytest.raises(StorageError, match="the disk is full"):
+        save(policy(seed=1), saved)
+    assert load(saved).fingerprint == policy().fingerprint
+    assert {path.name for path in saved.parent.iterdir()} == {"mine.safetensors", "mine.json"}
+
+
+def test_observations_are_checked() -> None:
+    with pytest.raises(MismatchError, match=r"sees \(B, 5\).*ogbench/scene"):
+        policy().encode(torch.zeros(2, 6))
+    with pytest.raises(InvalidInputError, match="NaN"):
+        policy().encode(torch.full((1, 5), float("nan")))
+
+
+def test_network_settings_are_checked() -> None:
+    with pytest.raises(UnknownNameError, match="transformer"):
+        NetworkConfig("transfromer")  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="width is 0"):
+        NetworkConfig(width=0)
+    with pytest.raises(InvalidInputError, match="divided among 3 heads"):
+        FlowPolicy(NetworkConfig("transformer", 16, 1, 3), Normaliser.fit(torch.randn(9, 2)), ActionSpec(1, 1))
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    """Change the description inside the weights' file, and drop the one beside it."""
+    path.with_suffix(".json").unlink()
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        content = json.loads(file.metadata()["counterflow"])
+    save_file(tensors, path, {"counterflow": json.dumps({**content, **changes})})
