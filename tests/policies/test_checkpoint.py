@@ -29,7 +29,12 @@ from counterflow.policies import (
 def policy(name: Any = "mlp", seed: int = 0) -> FlowPolicy:
     torch.manual_seed(seed)
     spec = ActionSpec(
-        3, 4, (-1.0,) * 4, (1.0,) * 4, Normaliser.fit(torch.randn(20, 4), "quantile"), ActionLayout((0, 1, 2), gripper=3)
+        3,
+        4,
+        (-1.0,) * 4,
+        (1.0,) * 4,
+        Normaliser.fit(torch.randn(20, 4), "quantile"),
+        ActionLayout((0, 1, 2), gripper=3),
     )
     made = FlowPolicy(NetworkConfig(name, 16, 2, 2), Normaliser.fit(torch.randn(20, 5)), spec, "ogbench/scene")
     with torch.no_grad():
@@ -72,7 +77,9 @@ class TestRoundTrip:
     def test_every_way_to_name_it(self, saved: Path) -> None:
         run = saved.parent / "run" / "checkpoints"
         save(policy(), run / "policy")
-        prints = {load(way).fingerprint for way in (saved, saved.with_suffix(""), saved.with_suffix(".json"), run.parent)}
+        prints = {
+            load(way).fingerprint for way in (saved, saved.with_suffix(""), saved.with_suffix(".json"), run.parent)
+        }
         assert prints == {policy().fingerprint}
 
     def test_the_json_tells_a_reader_everything(self, saved: Path) -> None:
