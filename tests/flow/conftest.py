@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -21,9 +22,7 @@ class Network(torch.nn.Module):
         super().__init__()
         size = torch.Size(row_shape).numel()
         widths = [size + 1, *[width] * layers, size]
-        self.layers = torch.nn.ModuleList(
-            torch.nn.Linear(before, after) for before, after in zip(widths, widths[1:], strict=False)
-        )
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(before, after) for before, after in pairwise(widths))
         for parameter in self.parameters():
             if parameter.ndim == 2:
                 torch.nn.init.orthogonal_(parameter, gain)

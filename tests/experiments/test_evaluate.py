@@ -1,0 +1,134 @@
+"""Rollouts and evaluation in the real simulator: repeatable, independent of how they are batched, accounted for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from counterflow.envs import VectorEnv, make_env
+from counterflow.errors import InvalidInputError, MismatchError, UnknownNameError
+from counterflow.experiments.compare import Contender, comparison_of, expand_tasks
+from counterflow.experiments.evaluate import ReasonerSettings, evaluate, load_prior, policy_name
+from counterflow.experiments.rollout import Episode, run_episodes
+from counterflow.policies import ActionLayout, ActionSpec, FieldPolicy
+from counterflow.random import child_seed
+from counterflow.reasoners import scripted_reasoner
+from counterflow.steering import MethodSettings, steer
+
+TASK = "ogbench/cube-single-task4"
+
+
+@pytest.fixture(scope="module")
+def env() -> Any:
+    with make_env(TASK, 3, workers=1) as made:
+        yield made
+
+
+def outcomes(
+    env: VectorEnv, method: str = "frs", episodes: int = 4, seed: int = 0, **reasoner: Any
+) -> list[dict[str, Any]]:
+    found = evaluate(env, load_prior(TASK), method, episodes, seed, reasoner=ReasonerSettings(**reasoner))
+    return found.outcomes
+
+
+class TestRepeatability:
+    def test_the_number_of_environments_and_processes_changes_nothing(self, env: VectorEnv) -> None:
+        expected = outcomes(env, "partial", error=0.3)
+        with make_env(TASK, 4, workers=2) as wide, make_env(TASK, 1) as single:
+            assert outcomes(wide, "partial", error=0.3) == expected
+            assert outcomes(single, "partial", error=0.3) == expected
+        assert outcomes(env, "partial", error=0.3) == expected
+
+    def test_episodes_are_the_seeds_and_methods_share_them(self, env: VectorEnv) -> None:
+        expected = [child_seed(7, "episode", index) for index in range(2)]
+        for method in ("frs", "direct"):
+            assert [one["seed"] for one in outcomes(env, method, 2, 7)] == expected
+
+    def test_more_episodes_begin_with_the_same(self, env: VectorEnv) -> None:
+        assert outcomes(env, episodes=5)[:3] == outcomes(env, episodes=3)
+
+
+class TestAccounting:
+    def test_the_ledger(self, env: VectorEnv) -> None:
+        found = evaluate(env, load_prior(TASK), "frs", 3, 0, settings=MethodSettings(reversal_steps=4))
+        content = found.to_json()
+        chunks = content["ledger"]["reasoner_queries"]
+        assert content["ledger"]["field_evaluations"] == 8 * chunks
+        assert 5 * (chunks - 3) < content["ledger"]["environment_steps"] <= 5 * chunks
+        assert content["ledger"]["environment_steps"] == sum(one["steps"] for one in content["outcomes"])
+        assert content["successes"] == sum(one["success"] for one in content["outcomes"])
+        assert 0.5 < content["diagnostics"]["agreement"] <= 1
+        assert content["settings"]["reversal_steps"] == 4
+        assert content["policy"] == load_prior(TASK).fingerprint  # type: ignore[attr-defined]
+
+    def test_the_base_asks_nobody(self, env: VectorEnv) -> None:
+        content = evaluate(env, load_prior(TASK), "base", 1, 0).to_json()
+        assert content["ledger"]["reasoner_queries"] == 0
+        assert content["diagnostics"]["agreement"] is None
+
+    def test_episodes_can_be_cut_and_are_told_as_they_end(self, env: VectorEnv) -> None:
+        told: list[Episode] = []
+        episodes = run_episodes(
+            steer(load_prior(TASK), "frs"),
+            env,
+            [1, 2, 3, 4],
+            lambda: scripted_reasoner(TASK),
+            max_chunks=2,
+            on_episode=told.append,
+        )
+        assert [episode.seed for episode in episodes] == [1, 2, 3, 4]
+        assert [episode.steps for episode in episodes] == [10] * 4
+        assert {id(one) for one in told} == {id(one) for one in episodes}
+
+
+class TestRefusals:
+    def test_a_policy_that_does_not_fit(self, env: VectorEnv) -> None:
+        with pytest.raises(MismatchError, match="sees 40 numbers"):
+            evaluate(env, load_prior(TASK, "scene"), "frs", 1, 0)
+        seven = FieldPolicy(lambda x, t, o: x, ActionSpec(5, 7, layout=ActionLayout((0, 1, 2))))
+        with pytest.raises(MismatchError, match="acts in 7 dimensions"):
+            evaluate(env, seven, "frs", 1, 0)
+
+    @pytest.mark.parametrize(("episodes", "seed"), [(0, 0), (-1, 0), (100_001, 0), (1, -1)])
+    def test_numbers_out_of_range(self, env: VectorEnv, episodes: int, seed: int) -> None:
+        with pytest.raises(InvalidInputError, match="expected"):
+            evaluate(env, load_prior(TASK), "frs", episodes, seed)
+
+    def test_unknown_names(self, env: VectorEnv) -> None:
+        with pytest.raises(UnknownNameError, match="frs"):
+            evaluate(env, load_prior(TASK), "fsr", 1, 0)
+        with pytest.raises(InvalidInputError, match="ogbench, paper"):
+            evaluate(env, load_prior(TASK), "frs", 1, 0, reasoner=ReasonerSettings(convention="papers"))
+        with pytest.raises(UnknownNameError, match="ogbench/scene"):
+            expand_tasks(["ogbench/sceen"])
+        with pytest.raises(InvalidInputError, match="no task"):
+            expand_tasks([])
+
+
+def test_your_own_module_is_evaluated_like_a_shipped_prior(env: VectorEnv) -> None:
+    """A policy that is nothing but a function: it stands still, so direct execution of references is what moves."""
+    layout = ActionLayout((0, 1, 2), (3,), 4)
+    still = FieldPolicy(lambda x, t, o: -x, ActionSpec(5, 5, (-1.0,) * 5, (1.0,) * 5, layout=layout))
+    assert policy_name(still) == "FieldPolicy"
+    found = evaluate(env, still, "direct", 2, 0)
+    assert found.agreement == pytest.approx(1.0)
+    assert torch.tensor(found.round_trip_error) == 0
+
+
+def test_families_stand_for_their_tasks() -> None:
+    assert expand_tasks(["ogbench/scene", "ogbench/scene-task2"]) == [
+        f"ogbench/scene-task{task}" for task in range(1, 6)
+    ]
+
+
+def test_means_of_families() -> None:
+    results = [
+        {"label": "x", "env": f"ogbench/{family}-task{task}", "successes": successes, "episodes": 10}
+        for family, task, successes in (("scene", 1, 10), ("scene", 2, 0), ("cube-single", 1, 4))
+    ]
+    comparison = comparison_of(results)
+    assert comparison.mean("x", "ogbench/scene").rate == 0.5
+    assert comparison.mean("x").rate == pytest.approx(14 / 30)
+    assert Contender("a", "base") == Contender("a", "base")

@@ -1,0 +1,85 @@
+"""A run's folder survives kills, keeps to one set of settings, and one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from counterflow.errors import CheckpointError, StorageError, TrainingError
+from counterflow.experiments.run import Run, read_config
+
+CONFIG = {"algorithm": "bc", "seed": 1, "network": {"name": "mlp", "width": 8}}
+
+
+def test_settings_are_kept_and_compared(tmp_path: Path) -> None:
+    with Run(tmp_path / "run", CONFIG):
+        pass
+    assert read_config(tmp_path / "run" / "config.yaml") == CONFIG
+    with Run(tmp_path / "run", CONFIG):
+        pass
+    with pytest.raises(TrainingError, match="seed 1 there, 2 here"), Run(tmp_path / "run", {**CONFIG, "seed": 2}):
+        pass
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    with (
+        Run(tmp_path, CONFIG),
+        pytest.raises(TrainingError, match="another process is training"),
+        Run(tmp_path, CONFIG),
+    ):
+        pass
+    with Run(tmp_path, CONFIG):
+        pass
+
+
+def test_numbers_are_reported_once_even_after_a_kill(tmp_path: Path) -> None:
+    with Run(tmp_path, CONFIG) as run:
+        for step in (10, 20, 30):
+            run.report(step, loss=1 / step)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "lo')  # cut off by a kill
+    with Run(tmp_path, CONFIG) as run:
+        assert [entry["step"] for entry in run.metrics()] == [10, 20, 30]
+        run.forget_after(20)
+        run.report(30, loss=0.5)
+        assert run.metrics() == [{"step": 10, "loss": 0.1}, {"step": 20, "loss": 0.05}, {"step": 30, "loss": 0.5}]
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_state_comes_back_and_damage_is_named(tmp_path: Path) -> None:
+    with Run(tmp_path, CONFIG) as run:
+        assert run.load_state() is None
+        run.save_state({"x": torch.arange(3)})
+        loaded = run.load_state()
+        assert loaded is not None
+        assert loaded["x"].tolist() == [0, 1, 2]
+        state = run.checkpoints / "state.safetensors"
+        state.write_bytes(state.read_bytes()[:10])
+        with pytest.raises(CheckpointError, match="Delete it to begin the run anew"):
+            run.load_state()
+
+
+def test_what_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="can't be read"):
+        read_config(tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text("just words")
+    with pytest.raises(TrainingError, match="holds no settings"):
+        read_config(tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text("{ broken: [")
+    with pytest.raises(TrainingError, match="can't be read"):
+        Run(tmp_path, CONFIG)
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="can't write"):
+        Run(tmp_path / "file" / "run", CONFIG)
+
+
+def test_metrics_are_json_lines(tmp_path: Path) -> None:
+    with Run(tmp_path, CONFIG) as run:
+        run.report(1, loss=0.25, validation_loss=0.5)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.25, "validation_loss": 0.5}

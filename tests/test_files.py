@@ -1,0 +1,62 @@
+"""Files are written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from counterflow.errors import StorageError
+from counterflow.files import replacing, write_json
+
+
+def test_it_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "x.json"
+    write_json(target, {"a": 1})
+    write_json(target, {"a": 2})
+    assert json.loads(target.read_text()) == {"a": 2}
+    assert [path.name for path in target.parent.iterdir()] == ["x.json"]
+    assert stat.S_IMODE(target.stat().st_mode) & 0o600 == 0o600
+
+
+def test_a_failure_in_the_middle_keeps_the_old(tmp_path: Path) -> None:
+    target = tmp_path / "x"
+    target.write_text("old")
+
+    def interrupted() -> None:
+        with replacing(target) as temporary:
+            temporary.write_text("half")
+            assert target.read_text() == "old"
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write_json(tmp_path / "x.json", [1])
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=r"x\.json: the disk is full.*untouched"):
+        write_json(tmp_path / "x.json", [2])
+    assert json.loads((tmp_path / "x.json").read_text()) == [1]
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="can't write"):
+        write_json(tmp_path / "file" / "x.json", [])
+
+
+def test_what_is_not_json_is_the_callers_mistake_and_leaves_no_trace(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "x.json", [object()])
+    assert not list(tmp_path.iterdir())
