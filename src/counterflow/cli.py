@@ -244,7 +244,7 @@ class Film:
     """Height and width of a side, pixels."""
     quality: Literal["fast", "dataset"] = "fast"
     """dataset: draw as the benchmark itself does (about ten times slower)."""
-    candidates: int = 16
+    tries: int = 16
     """How many episodes to try for one where the policy alone fails and the steered one succeeds; 1 films the first."""
     policy: str | None = None
     """A checkpoint or run folder; default: the shipped prior of the task's family."""
@@ -265,7 +265,7 @@ class Film:
                 seed=self.seed,
                 gif=self.gif,
                 render=RenderSettings(self.size, self.size, self.quality),
-                candidates=self.candidates,
+                tries=self.tries,
                 policy=self.policy,
                 settings=self.steering.settings(),
                 reasoner=self.reasoning.settings(),

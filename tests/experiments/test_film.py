@@ -39,7 +39,7 @@ def test_an_episode_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return episodes
 
     monkeypatch.setattr(module, "run_episodes", watched)
-    path = film(TASK, tmp_path / "x.mp4", gif=tmp_path / "x.gif", render=RenderSettings(128, 128), candidates=1)
+    path = film(TASK, tmp_path / "x.mp4", gif=tmp_path / "x.gif", render=RenderSettings(128, 128), tries=1)
     frames = iio.imread(path)
     steered, alone = shot
     assert steered.seed == alone.seed

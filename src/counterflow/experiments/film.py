@@ -33,7 +33,7 @@ def film(
     seed: int = 0,
     gif: Path | str | None = None,
     render: RenderSettings | None = None,
-    candidates: int = 16,
+    tries: int = 16,
     policy: str | None = None,
     settings: MethodSettings | None = None,
     reasoner: ReasonerSettings | None = None,
@@ -47,7 +47,7 @@ def film(
         seed: what the episode descends from.
         gif: where a small moving picture goes as well.
         render: size and quality of the frames.
-        candidates: how many episodes to try, without drawing, for one where the policy alone fails and the steered one
+        tries: how many episodes to try, without drawing, for one where the policy alone fails and the steered one
             succeeds; 1 films the first.
         policy: a checkpoint; None: the shipped prior.
         settings: of the method.
@@ -62,8 +62,8 @@ def film(
         StorageError: the film can't be written.
         InvalidInputError, UnknownNameError, MismatchError: an argument can't be right.
     """
-    if candidates < 1:
-        raise InvalidInputError(f"candidates is {candidates}; expected at least one episode to choose from.")
+    if tries < 1:
+        raise InvalidInputError(f"tries is {tries}; expected at least one episode to choose from.")
     render = RenderSettings(384, 384) if render is None else render
     reasoner = ReasonerSettings() if reasoner is None else reasoner
     prior = load_prior(env, policy)
@@ -75,7 +75,7 @@ def film(
         with make_env(env, 1, workers=0, render=render) as stage:
             stage.reset([0])
             stage.render()  # a machine that can't draw says so now
-            chosen = _choose(env, prior, method, check_seed(seed), candidates, settings, reasoner)
+            chosen = _choose(env, prior, method, check_seed(seed), tries, settings, reasoner)
             steered = _shoot(stage, prior, method, chosen, settings, reasoner, None)
             # What the policy alone does after the steered one is done is of no interest.
             alone = _shoot(stage, prior, "base", chosen, settings, reasoner, steered.chunks)
@@ -95,17 +95,17 @@ def _choose(
     prior: BasePolicy,
     method: str,
     seed: int,
-    candidates: int,
+    tries: int,
     settings: MethodSettings | None,
     reasoner: ReasonerSettings,
 ) -> int:
     """Return the seed of the first episode that shows the difference, else of the first that the steered policy solves."""
-    seeds = [child_seed(seed, "film", index) for index in range(candidates)]
-    if candidates == 1:
+    seeds = [child_seed(seed, "film", index) for index in range(tries)]
+    if tries == 1:
         return seeds[0]
     solved: list[int] = []
-    with make_env(env, min(AT_ONCE, candidates)) as rehearsal:
-        for first in range(0, candidates, AT_ONCE):
+    with make_env(env, min(AT_ONCE, tries)) as rehearsal:
+        for first in range(0, tries, AT_ONCE):
             batch = seeds[first : first + AT_ONCE]
             convention = reasoner.writing()
             steered = run_episodes(
