@@ -13,7 +13,9 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [path for path in ROOT.rglob("*.md") if not {".venv", "node_modules"} & set(path.relative_to(ROOT).parts)]
 
 
-@pytest.mark.parametrize("document", [ROOT / "README.md", ROOT / "docs" / "first-policy.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "document", [ROOT / "README.md", ROOT / "docs" / "first-policy.md"], ids=lambda path: path.name
+)
 def test_python_in_the_documents_runs(document: Path, tmp_path: Path) -> None:
     """All blocks of a document, one after the other, as a reader would type them."""
     blocks = re.findall(r"```python\n(.*?)```", document.read_text(), flags=re.DOTALL)
