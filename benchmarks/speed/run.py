@@ -83,6 +83,7 @@ def main() -> None:
     began = time.perf_counter()
     training = [measure_training(arguments.data, arguments.steps, precision) for precision in ("bfloat16", "float32")]
     console.print(training)
+    torch.set_num_threads(1)  # as the command line does: the policy is small, and the cores are the simulators'
     # One environment in the caller's process, as a simple loop would have it, against the default.
     single = measure_evaluation(1, 0, 16, arguments.repeats)
     vectorised = measure_evaluation(16, 2, 32, arguments.repeats)

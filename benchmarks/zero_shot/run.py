@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import tyro
 from rich.console import Console
 
@@ -215,6 +216,7 @@ def _cell(rate: float, interval: tuple[float, float]) -> str:
 def main() -> None:
     """Run what is missing, then report."""
     arguments = tyro.cli(Arguments)
+    torch.set_num_threads(1)  # the policy is small; the cores are the simulators'
     console = Console()
     if not arguments.only_report:
         for name in STUDIES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -374,6 +375,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         else:
             command = tyro.cli(Command, prog="counterflow", description=DESCRIPTION, args=arguments)
+            # Before torch is imported. Priors are small, and a pool of threads that spins while it waits for them takes the
+            # cores from the simulators: with others at work beside it, an evaluation took ten times as long.
+            os.environ.setdefault("OMP_NUM_THREADS", "1")
         command.run(console)
     except CounterflowError as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
