@@ -54,6 +54,8 @@ def partial_path(path: Path) -> Path:
 
 def reason_of(error: OSError) -> str:
     """Say in words why the system refused."""
+    if isinstance(error, StorageError) and isinstance(error.__cause__, OSError):
+        return reason_of(error.__cause__)
     return "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
 
 

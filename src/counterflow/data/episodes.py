@@ -218,11 +218,9 @@ def _unpacked(path: Path) -> Path:
     except zipfile.BadZipFile:
         raise
     except OSError as error:
-        cause = error.__cause__ if isinstance(error, StorageError) else error
-        reason = reason_of(cause) if isinstance(cause, OSError) else str(error)
         raise StorageError(
-            f"{path} is compressed and could not be unpacked into {folder}, so it can't be mapped into memory: {reason}. "
-            "Mend that, or load it with mmap=False. The dataset itself is unharmed."
+            f"{path} is compressed and could not be unpacked into {folder}, so it can't be mapped into memory: "
+            f"{reason_of(error)}. Mend that, or load it with mmap=False. The dataset itself is unharmed."
         ) from error
     return target
 

@@ -96,10 +96,8 @@ class EpisodeStore:
         try:
             yield
         except OSError as error:
-            cause = error.__cause__ if isinstance(error, StorageError) else error
-            reason = reason_of(cause) if isinstance(cause, OSError) else str(error)
             raise StorageError(
-                f"writing the dataset {self.path} failed: {reason}. The episodes finished so far are safe in "
+                f"writing the dataset {self.path} failed: {reason_of(error)}. The episodes finished so far are safe in "
                 f"{self.partial}. Mend the cause and run the same command again to go on from there."
             ) from error
 

@@ -2,7 +2,6 @@
 
 from counterflow.envs.registry import check_env_name, describe, env_names, families, family_of, make_env
 from counterflow.envs.types import (
-    ActionMeaning,
     Batch,
     CameraView,
     EnvSpec,
@@ -14,7 +13,6 @@ from counterflow.envs.types import (
 from counterflow.envs.vector import VectorEnv
 
 __all__ = [
-    "ActionMeaning",
     "Batch",
     "CameraView",
     "EnvSpec",

@@ -14,7 +14,6 @@ import numpy as np
 
 from counterflow.envs.rendering import HOW_TO_INSTALL, prepare_backend, require_backend
 from counterflow.envs.types import (
-    ActionMeaning,
     CameraView,
     EnvSpec,
     FloatArray,
@@ -24,6 +23,7 @@ from counterflow.envs.types import (
     RenderSettings,
 )
 from counterflow.errors import InvalidInputError, RenderingError
+from counterflow.layout import ActionLayout
 from counterflow.random import child_seed
 
 FAMILIES = (
@@ -39,7 +39,7 @@ FAMILIES = (
     "puzzle-4x6",
 )
 TASKS = (1, 2, 3, 4, 5)
-ACTION_MEANING = ActionMeaning(translation=(0, 1, 2), rotation=(3,), gripper=4, gripper_close_sign=1)
+ACTION_LAYOUT = ActionLayout(translation=(0, 1, 2), rotation=(3,), gripper=4, gripper_close_sign=1)
 
 _SENTENCES = {
     "cube": "move the cubes to their marked places",
@@ -110,7 +110,7 @@ class OGBenchEnv:
             action_dim=5,
             action_low=(-1.0,) * 5,
             action_high=(1.0,) * 5,
-            action_meaning=ACTION_MEANING,
+            action_layout=ACTION_LAYOUT,
             max_episode_steps=self._max_episode_steps,
         )
 

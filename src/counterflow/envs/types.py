@@ -9,29 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from counterflow.errors import InvalidInputError
+from counterflow.layout import ActionLayout
 
 FloatArray = npt.NDArray[np.floating]
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.integer]
 Image = npt.NDArray[np.uint8]
 Privileged = dict[str, npt.NDArray[np.float64]]
-
-
-@dataclass(frozen=True)
-class ActionMeaning:
-    """Which action dimensions do what, so that a direction in words can be written into an action.
-
-    Attributes:
-        translation: the dimensions that move the end effector along world x, y and z.
-        rotation: the dimensions that turn it.
-        gripper: the dimension that moves the gripper, or None.
-        gripper_close_sign: +1 if positive values close the gripper, -1 if they open it.
-    """
-
-    translation: tuple[int, ...]
-    rotation: tuple[int, ...] = ()
-    gripper: int | None = None
-    gripper_close_sign: int = 1
 
 
 @dataclass(frozen=True)
@@ -46,7 +30,7 @@ class EnvSpec:
         action_dim: A, the length of an action.
         action_low: (A,) lowest action, in environment units.
         action_high: (A,) highest action, in environment units.
-        action_meaning: which action dimension does what.
+        action_layout: which action dimension does what.
         max_episode_steps: an episode is truncated after this many steps.
     """
 
@@ -57,7 +41,7 @@ class EnvSpec:
     action_dim: int
     action_low: tuple[float, ...]
     action_high: tuple[float, ...]
-    action_meaning: ActionMeaning
+    action_layout: ActionLayout
     max_episode_steps: int
 
 

@@ -17,7 +17,7 @@ from counterflow.errors import DatasetError, InvalidInputError, MismatchError, T
 from counterflow.experiments.evaluate import machine
 from counterflow.experiments.run import Run, read_config
 from counterflow.learning import BCConfig, BCLearner
-from counterflow.policies import ActionLayout, ActionSpec, FlowPolicy, NetworkConfig, Normaliser, load, save
+from counterflow.policies import ActionSpec, FlowPolicy, NetworkConfig, Normaliser, load, save
 from counterflow.random import check_seed, child_seed, generator
 
 VALIDATION_CHUNKS = 16_384
@@ -177,14 +177,13 @@ def make_policy(dataset: EpisodeDataset, spec: EnvSpec, config: BCConfig, seed: 
     """Make an untrained policy for an environment, normalised by a dataset; its weights descend from `seed`."""
     observations = torch.from_numpy(dataset.gather("observations").astype("float32"))
     actions = torch.from_numpy(dataset.gather("actions").astype("float32"))
-    meaning = spec.action_meaning
     action_spec = ActionSpec(
         horizon=config.horizon,
         dim=spec.action_dim,
         low=spec.action_low,
         high=spec.action_high,
         normaliser=Normaliser.fit(actions, config.action_normalisation),
-        layout=ActionLayout(meaning.translation, meaning.rotation, meaning.gripper, meaning.gripper_close_sign),
+        layout=spec.action_layout,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(child_seed(seed, "weights"))

@@ -2,7 +2,7 @@
 
 A `Panel` is one robot at one moment: its frame and what to say about it. `compose` draws panels side by side into one
 image, `side_by_side` does so for whole episodes, holding the last frame of the one that ends first, and `VideoWriter`
-writes the images as mp4 (H.264), GIF or WebP. Positions are pixels of the frame, (column, row) with row 0 at the top: a
+writes the images as mp4 (H.264) or GIF. Positions are pixels of the frame, (column, row) with row 0 at the top: a
 direction in the world is projected by whoever knows the camera.
 
 Lines and letters scale with the frame (256 to 480 pixels wide look best), and shapes are drawn several times larger and
@@ -211,8 +211,7 @@ class VideoWriter:
     """Writes frames as a film; the file appears under its name only once it is whole.
 
     The name's ending chooses the format: ".mp4" is H.264 that plays in browsers (yuv420p, odd sizes padded by a pixel);
-    ".gif" and ".webp" are loops for a README: fewer frames a second, and smaller and coarser until the file fits
-    `size_limit`.
+    ".gif" is a loop for a README: fewer frames a second, and smaller and coarser until the file fits `size_limit`.
 
     Use it as a context manager: frames stream to a temporary file beside the target, renamed when the block ends well.
     An exception or a kill leaves nothing under the target's name, and what stood there before is untouched.
@@ -220,9 +219,9 @@ class VideoWriter:
     Args:
         path: where the film goes; folders are made.
         fps: frames a second of what is written to it.
-        loop_fps: of a GIF or WebP at most this many frames a second are kept (evenly chosen, and the last one).
-        loop_width: a GIF or WebP is shrunk to at most this width in pixels.
-        size_limit: bytes that a GIF or WebP should not exceed; the smallest attempt is kept if none fits.
+        loop_fps: of a GIF at most this many frames a second are kept (evenly chosen, and the last one).
+        loop_width: a GIF is shrunk to at most this width in pixels.
+        size_limit: bytes that a GIF should not exceed; the smallest attempt is kept if none fits.
 
     Raises:
         InvalidInputError: the ending or a number is not one of those.
@@ -246,8 +245,8 @@ class VideoWriter:
         if loop_width < 16 or size_limit < 1:
             raise InvalidInputError(f"loop_width is {loop_width}, size_limit {size_limit}; expected at least 16 and 1.")
         self._suffix = self._path.suffix.lower()
-        if self._suffix not in (".mp4", ".gif", ".webp"):
-            raise InvalidInputError(f"the film's path is {path}; expected a name that ends in .mp4, .gif or .webp.")
+        if self._suffix not in (".mp4", ".gif"):
+            raise InvalidInputError(f"the film's path is {path}; expected a name that ends in .mp4 or .gif.")
         self._fps, self._stride = fps, max(1, math.ceil(fps / loop_fps))
         self._loop_width, self._size_limit = loop_width, size_limit
         self._ffmpeg = _find_ffmpeg() if self._suffix == ".mp4" else ""
@@ -372,10 +371,10 @@ class _Mp4:
 
 
 class _Loop:
-    """GIF or WebP by way of Pillow: every `stride`-th frame, kept in memory at the size of the loop."""
+    """GIF by way of Pillow: every `stride`-th frame, kept in memory at the size of the loop."""
 
-    # Share of the width, colours of a GIF, quality of a WebP; the first that fits the limit is kept.
-    _ATTEMPTS = ((1.0, 128, 80), (1.0, 64, 65), (0.85, 64, 60), (0.7, 48, 55), (0.55, 32, 50), (0.4, 32, 45))
+    # Share of the width and number of colours; the first that fits the limit is kept.
+    _ATTEMPTS = ((1.0, 128), (1.0, 64), (0.85, 64), (0.7, 48), (0.55, 32), (0.4, 32))
 
     def __init__(self, path: Path, fps: float, stride: int, width: int, size_limit: int) -> None:
         self._path, self._stride, self._width, self._size_limit = path, stride, width, size_limit
@@ -397,11 +396,8 @@ class _Loop:
         # The last frame shows how it ended, so it is kept whatever the stride.
         frames = [*self._kept, self._left_out] if self._left_out is not None else self._kept
         encoded = b""
-        for share, colours, quality in self._ATTEMPTS:
-            pictures = [_resized(picture, share) for picture in frames] if share < 1 else frames
-            encoded = (
-                self._gif(pictures, colours) if self._path.suffix.lower() == ".gif" else self._webp(pictures, quality)
-            )
+        for share, colours in self._ATTEMPTS:
+            encoded = self._encode([_resized(picture, share) for picture in frames] if share < 1 else frames, colours)
             if len(encoded) <= self._size_limit:
                 break
         with replacing(self._path) as partial:
@@ -410,7 +406,7 @@ class _Loop:
     def clean_up(self) -> None:
         self._kept.clear()
 
-    def _gif(self, pictures: list[Image.Image], colours: int) -> bytes:
+    def _encode(self, pictures: list[Image.Image], colours: int) -> bytes:
         # One palette without dithering for all: what stands still keeps its exact colour and costs no bytes.
         chosen = [pictures[index] for index in np.linspace(0, len(pictures) - 1, min(16, len(pictures))).astype(int)]
         sample = np.concatenate([np.asarray(picture) for picture in chosen])
@@ -418,15 +414,9 @@ class _Loop:
         indexed = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
         # GIF counts hundredths of a second, and browsers slow down whatever is faster than two.
         duration = max(20, 10 * round(self._milliseconds / 10))
-        return self._encode(indexed, "GIF", {"duration": duration, "optimize": False, "disposal": 1})
-
-    def _webp(self, pictures: list[Image.Image], quality: int) -> bytes:
-        return self._encode(pictures, "WEBP", {"duration": round(self._milliseconds), "quality": quality, "method": 4})
-
-    @staticmethod
-    def _encode(pictures: list[Image.Image], form: str, options: dict[str, int]) -> bytes:
         file = BytesIO()
-        pictures[0].save(file, form, save_all=True, append_images=pictures[1:], loop=0, **options)
+        options = {"duration": duration, "optimize": False, "disposal": 1, "loop": 0}
+        indexed[0].save(file, "GIF", save_all=True, append_images=indexed[1:], **options)
         return file.getvalue()
 
 

@@ -1,6 +1,7 @@
 """Base policies: what can be steered."""
 
-from counterflow.policies.base import ActionLayout, ActionSpec, BasePolicy, Context, FieldPolicy, bind, repeat_context
+from counterflow.layout import ActionLayout
+from counterflow.policies.base import ActionSpec, BasePolicy, Context, FieldPolicy, bind, repeat_context
 from counterflow.policies.checkpoint import load, save, shipped_priors
 from counterflow.policies.flow_policy import FlowPolicy, NetworkConfig
 from counterflow.policies.networks import MLPNetwork, TransformerNetwork

@@ -16,27 +16,11 @@ from torch.utils._pytree import tree_map
 
 from counterflow.errors import InvalidInputError, MismatchError
 from counterflow.flow import Field
+from counterflow.layout import ActionLayout
 from counterflow.policies.normalisation import Normaliser
 
 Context = Any
 """Whatever `encode` returns: a tensor, or a pytree of tensors, whose leading dimension is the batch."""
-
-
-@dataclass(frozen=True)
-class ActionLayout:
-    """Which dimensions of an action do what, so that a direction in words can be written into an action.
-
-    Attributes:
-        translation: the dimensions that move the end effector along world x, y and z.
-        rotation: the dimensions that turn it.
-        gripper: the dimension that moves the gripper, or None.
-        gripper_close_sign: +1 if positive values close the gripper, -1 if they open it.
-    """
-
-    translation: tuple[int, ...]
-    rotation: tuple[int, ...] = ()
-    gripper: int | None = None
-    gripper_close_sign: int = 1
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from torch import Tensor
 import counterflow
 from counterflow.errors import CheckpointError, CounterflowError, UnknownNameError
 from counterflow.files import replacing, write_json
-from counterflow.policies.base import ActionLayout, ActionSpec
+from counterflow.layout import ActionLayout
+from counterflow.policies.base import ActionSpec
 from counterflow.policies.flow_policy import FlowPolicy, NetworkConfig, fingerprint
 from counterflow.policies.normalisation import Normaliser
 
