@@ -23,6 +23,7 @@ from counterflow.experiments.figures import success_bars, success_curve
 from counterflow.experiments.progress import progress_bar
 from counterflow.experiments.rollout import Episode
 from counterflow.experiments.statistics import Difference, MeanRate
+from counterflow.reasoners import OGBENCH
 from counterflow.steering import MethodSettings
 
 HERE = Path(__file__).parent
@@ -34,8 +35,8 @@ ROBUSTNESS_TASKS = ("ogbench/cube-single-task4", "ogbench/scene-task4", "ogbench
 TAUS = (0.5, 0.6, 0.7, 0.8)
 RANKS = (4, 16, 64)
 REVERSALS = (2, 3, 5, 7, 10, 20)
-ERRORS = (0.0, 0.1, 0.3, 0.5)
-MAGNITUDES = (0.3, 0.5, 0.7, 1.0)
+ERRORS = (0.0, 0.2, 0.4)
+MAGNITUDES = (0.4, 0.7, 1.0)
 MAIN_TAU, MAIN_REVERSAL = 0.7, 5
 TITLES = {
     "partial": "Partial noising",
@@ -91,11 +92,16 @@ STUDIES: dict[str, tuple[tuple[str, ...], list[Contender]]] = {
     "tasks": (FAMILIES, MAIN),
     "reasoner-error": (
         ROBUSTNESS_TASKS,
-        [one for error in ERRORS for one in with_reasoner(f"error {error:g}", ReasonerSettings(error=error))],
+        [one for error in ERRORS if error for one in with_reasoner(f"error {error:g}", ReasonerSettings(error=error))],
     ),
     "magnitude": (
         ROBUSTNESS_TASKS,
-        [one for size in MAGNITUDES for one in with_reasoner(f"magnitude {size:g}", ReasonerSettings(magnitude=size))],
+        [
+            one
+            for size in MAGNITUDES
+            if size != OGBENCH.magnitude
+            for one in with_reasoner(f"magnitude {size:g}", ReasonerSettings(magnitude=size))
+        ],
     ),
 }
 
@@ -194,12 +200,15 @@ def report(episodes: int) -> str:
 
 def robustness(study: str, word: str, values: tuple[float, ...], xlabel: str) -> None:
     """Draw success, mean over the three tasks, against a property of the reasoner."""
-    comparison = comparison_of(read_results(RESULTS / f"{study}.json"))
+    usual = comparison_of(read_results(RESULTS / "tasks.json"))
+    changed = comparison_of(read_results(RESULTS / f"{study}.json"))
     methods = {"direct": direct().label, "partial": tau(MAIN_TAU).label, "frs": reversal(MAIN_REVERSAL).label}
-    lines = {
-        name: {value: comparison.mean(f"{label}, {word} {value:g}") for value in values}
-        for name, label in methods.items()
-    }
+    lines: dict[str, dict[float, MeanRate]] = {}
+    for name, label in methods.items():
+        lines[name] = {}
+        for value in values:
+            found = changed.rates.get(f"{label}, {word} {value:g}") or usual.rates[label]
+            lines[name][value] = MeanRate(tuple(found[task] for task in ROBUSTNESS_TASKS))
     success_curve(
         lines,
         HERE / f"{study}.png",
