@@ -50,7 +50,7 @@ def test_an_episode_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not np.array_equal(steered.frames[-1], alone.frames[-1])
     assert np.abs(steered.frames[-1].astype(int) - steered.frames[0].astype(int)).max() > 50
     loop = iio.imread(tmp_path / "x.gif")
-    assert 5 < len(loop) < len(frames)
+    assert 3 <= len(loop) < len(frames) / 3
     assert (tmp_path / "x.gif").stat().st_size < 3_000_000
 
 

@@ -18,6 +18,7 @@ from counterflow.reasoners import Direction
 from counterflow.steering import MethodSettings, steer
 
 FRAMES_PER_SECOND = 20.0
+GIF_SPEED = 3.0  # how much faster a moving picture plays: readers scroll on
 ARROW = 0.16  # metres
 HOLD = 30  # frames for which the end is shown
 AT_ONCE = 8  # episodes tried side by side when one is chosen
@@ -71,7 +72,7 @@ def film(
         # Opened first: what is wrong with a path or with ffmpeg shows before minutes of simulation.
         films = [writers.enter_context(VideoWriter(path, FRAMES_PER_SECOND))]
         if gif is not None:
-            films.append(writers.enter_context(VideoWriter(gif, FRAMES_PER_SECOND)))
+            films.append(writers.enter_context(VideoWriter(gif, FRAMES_PER_SECOND, loop_speed=GIF_SPEED)))
         with make_env(env, 1, workers=0, render=render) as stage:
             stage.reset([0])
             stage.render()  # a machine that can't draw says so now

@@ -219,6 +219,7 @@ class VideoWriter:
     Args:
         path: where the film goes; folders are made.
         fps: frames a second of what is written to it.
+        loop_speed: a GIF plays this many times as fast.
         loop_fps: of a GIF at most this many frames a second are kept (evenly chosen, and the last one).
         loop_width: a GIF is shrunk to at most this width in pixels.
         size_limit: bytes that a GIF should not exceed; the smallest attempt is kept if none fits.
@@ -234,12 +235,13 @@ class VideoWriter:
         path: Path | str,
         fps: float = 20.0,
         *,
+        loop_speed: float = 1.0,
         loop_fps: float = 10.0,
         loop_width: int = 640,
         size_limit: int = 3_000_000,
     ) -> None:
         self._path = Path(path)
-        for name, value in (("fps", fps), ("loop_fps", loop_fps)):
+        for name, value in (("fps", fps), ("loop_speed", loop_speed), ("loop_fps", loop_fps)):
             if not (math.isfinite(value) and 0 < value <= 240):
                 raise InvalidInputError(f"{name} is {value!r}; expected a number in (0, 240].")
         if loop_width < 16 or size_limit < 1:
@@ -247,7 +249,8 @@ class VideoWriter:
         self._suffix = self._path.suffix.lower()
         if self._suffix not in (".mp4", ".gif"):
             raise InvalidInputError(f"the film's path is {path}; expected a name that ends in .mp4 or .gif.")
-        self._fps, self._stride = fps, max(1, math.ceil(fps / loop_fps))
+        self._fps, self._loop_rate = fps, fps * loop_speed
+        self._stride = max(1, math.ceil(self._loop_rate / loop_fps))
         self._loop_width, self._size_limit = loop_width, size_limit
         self._ffmpeg = _find_ffmpeg() if self._suffix == ".mp4" else ""
         self._encoder: _Encoder | None = None
@@ -293,7 +296,7 @@ class VideoWriter:
     def _begin(self, frame: Frame) -> _Encoder:
         if self._suffix == ".mp4":
             return _Mp4(self._path, self._fps, self._ffmpeg, frame)
-        return _Loop(self._path, self._fps, self._stride, self._loop_width, self._size_limit)
+        return _Loop(self._path, self._loop_rate, self._stride, self._loop_width, self._size_limit)
 
 
 class _Encoder(Protocol):
