@@ -38,6 +38,7 @@ REVERSALS = (2, 3, 5, 7, 10, 20)
 ERRORS = (0.0, 0.2, 0.4)
 MAGNITUDES = (0.4, 0.7, 1.0)
 MAIN_TAU, MAIN_REVERSAL = 0.7, 5
+BEGIN, END = "<!-- table: written by benchmarks/zero_shot/run.py -->", "<!-- /table -->"
 TITLES = {
     "partial": "Partial noising",
     "rank": "Sample-and-rank",
@@ -169,6 +170,7 @@ def report(episodes: int) -> str:
             gap = "" if name == "frs" else str(Difference(steered, mean))
             lines.append(f"| {family} | {name} | {label} | {_cell(mean.rate, mean.interval)} | {gap} |")
 
+    insert(HERE.parent.parent / "README.md", short_table(comparison, chosen))
     groups = {family: {name: comparison.mean(label, family) for name, label in chosen.items()} for family in FAMILIES}
     settings = ", ".join(label for name, label in chosen.items() if name in sweeps)
     success_bars(
@@ -218,6 +220,27 @@ def robustness(study: str, word: str, values: tuple[float, ...], xlabel: str) ->
     )
 
 
+def short_table(comparison: Comparison, chosen: dict[str, str]) -> str:
+    """Return the table of the README: a row a family."""
+    lines = ["| | " + " | ".join(chosen.values()) + " |", "| --- |" + " ---: |" * len(chosen)]
+    for family in (*FAMILIES, None):
+        means = [comparison.mean(label, family) for label in chosen.values()]
+        highest = max(mean.rate for mean in means)
+        cells = [
+            f"**{_cell(one.rate, one.interval)}**" if one.rate == highest else _cell(one.rate, one.interval)
+            for one in means
+        ]
+        lines.append(f"| {family or 'mean of 15 tasks'} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def insert(path: Path, text: str) -> None:
+    """Put a table between the marks in a document."""
+    before, rest = path.read_text().split(BEGIN, 1)
+    _, after = rest.split(END, 1)
+    path.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+
+
 def _cell(rate: float, interval: tuple[float, float]) -> str:
     return f"{100 * rate:.0f} ({100 * interval[0]:.0f}-{100 * interval[1]:.0f})"
 
@@ -231,7 +254,7 @@ def main() -> None:
         for name in STUDIES:
             run_study(console, name, arguments.episodes, arguments.seed)
     text = report(arguments.episodes)
-    (HERE / "table.md").write_text(text)
+    insert(HERE / "README.md", text)
     console.print(text)
     machine = json.loads((RESULTS / "tasks.json").read_text())["machine"]
     console.print(f"measured with {machine}")
