@@ -104,6 +104,11 @@ class TestBadInput:
     def test_numbers_out_of_range(self, flags: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert word in failure(capsys, "eval", TASK, "--episodes", "1", *flags)
 
+    def test_a_device_that_is_not_there(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "Expected 'cpu'" in failure(capsys, "eval", TASK, "--episodes", "1", "--device", "gpu")
+        train = ("train", "bc", str(tmp_path / "x.npz"), "--env", "ogbench/cube-single", "--device", "gpu")
+        assert "Expected 'cpu'" in failure(capsys, *train)
+
     def test_a_policy_for_another_family(self, capsys: pytest.CaptureFixture[str]) -> None:
         message = failure(capsys, "eval", TASK, "--policy", "scene", "--episodes", "1")
         assert "sees 40 numbers" in message

@@ -191,7 +191,9 @@ def _make_simulator(recipe: Recipe) -> Any:
     import gymnasium
     import ogbench.manipspace  # noqa: F401  # registers the environments
 
-    gymnasium.logger.min_level = gymnasium.logger.ERROR  # it warns of the precision of OGBench's spaces, in every process
+    gymnasium.logger.min_level = (
+        gymnasium.logger.ERROR
+    )  # it warns of the precision of OGBench's spaces, in every process
     return gymnasium.make(f"{recipe.family}-v0", terminate_at_goal=False, mode="data_collection").unwrapped
 
 

@@ -17,7 +17,7 @@ from counterflow.errors import DatasetError, InvalidInputError, MismatchError, T
 from counterflow.experiments.evaluate import machine
 from counterflow.experiments.run import Run, read_config
 from counterflow.learning import BCConfig, BCLearner
-from counterflow.policies import ActionSpec, FlowPolicy, NetworkConfig, Normaliser, load, save
+from counterflow.policies import ActionSpec, FlowPolicy, NetworkConfig, Normaliser, as_device, load, save
 from counterflow.random import check_seed, child_seed, generator
 
 VALIDATION_CHUNKS = 16_384
@@ -101,7 +101,7 @@ def train_bc(
     ):
         if value < 1:
             raise InvalidInputError(f"{name} is {value}; expected 1 or more updates.")
-    data, device = Path(data), torch.device(device)
+    data, device = Path(data), as_device(device)
     spec = describe(env)
     settings = {"algorithm": "bc", "data": str(data), "env": spec.family, "seed": check_seed(seed), **asdict(config)}
     training, held_out = EpisodeDataset.load_with_validation(data, seed=seed)

@@ -1,7 +1,7 @@
 """Base policies: what can be steered."""
 
 from counterflow.layout import ActionLayout
-from counterflow.policies.base import ActionSpec, BasePolicy, Context, FieldPolicy, bind, repeat_context
+from counterflow.policies.base import ActionSpec, BasePolicy, Context, FieldPolicy, as_device, bind, repeat_context
 from counterflow.policies.checkpoint import load, save, shipped_priors
 from counterflow.policies.flow_policy import FlowPolicy, NetworkConfig
 from counterflow.policies.networks import MLPNetwork, TransformerNetwork
@@ -19,6 +19,7 @@ __all__ = [
     "NormalisationKind",
     "Normaliser",
     "TransformerNetwork",
+    "as_device",
     "bind",
     "load",
     "repeat_context",

@@ -112,6 +112,23 @@ class BasePolicy(Protocol):
         ...
 
 
+def as_device(device: torch.device | str) -> torch.device:
+    """Return a device that can be used here.
+
+    Raises:
+        InvalidInputError: there is no such device, or this machine or build of torch doesn't have it.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InvalidInputError(
+            f"device {str(device)!r} can't be used here: {reason}. Expected 'cpu' or, with a GPU and a torch built for it, 'cuda'."
+        ) from error
+    return found
+
+
 def bind(policy: BasePolicy, context: Context) -> Field:
     """Return the policy's velocity field for one context: a function of (x, t)."""
 

@@ -19,7 +19,7 @@ import counterflow
 from counterflow.errors import CheckpointError, CounterflowError, UnknownNameError
 from counterflow.files import replacing, write_json
 from counterflow.layout import ActionLayout
-from counterflow.policies.base import ActionSpec
+from counterflow.policies.base import ActionSpec, as_device
 from counterflow.policies.flow_policy import FlowPolicy, NetworkConfig, fingerprint
 from counterflow.policies.normalisation import Normaliser
 
@@ -66,7 +66,9 @@ def load(path_or_name: Path | str, device: torch.device | str = "cpu") -> FlowPo
     Raises:
         UnknownNameError: neither a file nor a shipped prior; the nearest names are suggested.
         CheckpointError: the file is truncated, damaged, foreign, or written by a newer version.
+        InvalidInputError: the device can't be used here.
     """
+    device = as_device(device)
     path = _find(path_or_name)
     content, tensors = _read(path)
     beside = path.with_suffix(".json")
