@@ -124,7 +124,8 @@ def as_device(device: torch.device | str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InvalidInputError(
-            f"device {str(device)!r} can't be used here: {reason}. Expected 'cpu' or, with a GPU and a torch built for it, 'cuda'."
+            f"device {str(device)!r} can't be used here: {reason}. Expected 'cpu' or, with a GPU and a torch built for it, "
+            "'cuda'."
         ) from error
     return found
 
