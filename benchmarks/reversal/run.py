@@ -22,7 +22,7 @@ from counterflow.flow.solvers import trajectory
 
 HERE = Path(__file__).parent
 TASKS = ("ogbench/cube-single-task4", "ogbench/scene-task4", "ogbench/puzzle-3x3-task4")
-REFERENCES = 128
+REFERENCES = 64
 TOY_STEPS = (3, 5, 10, 50)
 TOY_REFERENCES = (-3.2, -0.6, 2.0, 3.0)
 
