@@ -135,10 +135,15 @@ def run_study(
 
 
 def best(comparison: Comparison, labels: list[str], family: str | None = None) -> tuple[str, MeanRate]:
-    """Return the contender with the highest mean and that mean."""
-    means = {label: comparison.mean(label, family) for label in labels}
+    """Return the contender with the highest mean and that mean, of those that ran on all the tasks."""
+    means = {label: comparison.mean(label, family) for label in labels if has_run(comparison, label, family)}
     label = max(means, key=lambda one: means[one].rate)
     return label, means[label]
+
+
+def has_run(comparison: Comparison, label: str, family: str | None = None) -> bool:
+    """Say whether a contender ran on every task, or on every task of a family."""
+    return set(expand_tasks(FAMILIES if family is None else (family,))) <= set(comparison.rates.get(label, {}))
 
 
 def report(episodes: int) -> str:
@@ -196,7 +201,12 @@ def report(episodes: int) -> str:
     }
     for name, (xlabel, values, label_of) in curves.items():
         lines_of = {
-            family: {value: comparison.mean(label_of(value), family) for value in values} for family in FAMILIES
+            family: {
+                value: comparison.mean(label_of(value), family)
+                for value in values
+                if has_run(comparison, label_of(value), family)
+            }
+            for family in FAMILIES
         }
         success_curve(
             lines_of,
