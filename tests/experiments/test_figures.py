@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -21,6 +23,24 @@ from counterflow.experiments.figures import (
     success_curve,
 )
 from counterflow.experiments.statistics import SuccessRate
+from counterflow.experiments.style import METHOD_COLOURS, OTHER_COLOURS
+
+# What three kinds of colour blindness make of linear RGB (Machado, Oliveira and Fernandes, 2009, severity 1).
+EYES = {
+    "usual": np.eye(3),
+    "protanopia": np.array(
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    ),
+    "deuteranopia": np.array(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    ),
+    "tritanopia": np.array(
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]
+    ),
+}
+XYZ = np.array(
+    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+)
 
 RATES = {"base": SuccessRate(1, 20), "frs": SuccessRate(18, 20)}
 
@@ -76,6 +96,27 @@ def test_paths(tmp_path: Path) -> None:
     trip = RoundTrip(times[::-1], times, times, -times)
     marginals = Marginals(times, np.linspace(-1, 1, 9), np.ones((5, 9)))
     assert paths_1d({"K = 4": [trip]}, marginals, tmp_path / "x.png").stat().st_size > 5000
+
+
+def test_the_same_numbers_give_the_same_bytes(tmp_path: Path) -> None:
+    one, two = (success_bars({"cube": RATES}, tmp_path / name).read_bytes() for name in ("a.png", "b.png"))
+    assert one == two
+
+
+def lab(colour: str, eyes: Any) -> Any:
+    """CIE L*a*b* of an sRGB colour as those eyes see it (its linear part near black left out)."""
+    encoded = np.array(to_rgb(colour))
+    linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
+    x, y, z = np.cbrt(XYZ @ np.clip(eyes @ linear, 0, 1) / XYZ.sum(1))
+    return np.array([116 * y, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("eyes", EYES)
+@pytest.mark.parametrize("colours", [tuple(METHOD_COLOURS.values()), OTHER_COLOURS], ids=["methods", "others"])
+def test_colours_can_be_told_apart(colours: tuple[str, ...], eyes: str) -> None:
+    """A distance of 2 is just noticed side by side; bars and lines lie apart and need far more."""
+    for one, other in itertools.combinations(colours, 2):
+        assert np.linalg.norm(lab(one, EYES[eyes]) - lab(other, EYES[eyes])) > 20, (one, other)
 
 
 def test_bad_input(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from counterflow.envs import CameraView, EnvSpec, RenderSettings, VectorEnv, make_env
 from counterflow.errors import InvalidInputError
 from counterflow.experiments.evaluate import ReasonerSettings, load_prior
+from counterflow.experiments.panels import Arrow, Panel, Status, side_by_side
 from counterflow.experiments.rollout import Episode, run_episodes
-from counterflow.experiments.video import Arrow, Panel, Status, VideoWriter, side_by_side
+from counterflow.experiments.video import video_writer
 from counterflow.policies import BasePolicy
 from counterflow.random import check_seed, child_seed
 from counterflow.reasoners import Direction
@@ -21,6 +22,7 @@ FRAMES_PER_SECOND = 20.0
 GIF_SPEED = 3.0  # how much faster a moving picture plays: readers scroll on
 ARROW = 0.16  # metres
 HOLD = 30  # frames for which the end is shown
+LEAST_SIZE = 64  # pixels
 AT_ONCE = 8  # episodes tried side by side when one is chosen
 WORDS = (("right", "left"), ("up", "down"), ("nearer", "farther"))  # as seen through the camera
 CLEARLY = 0.8  # share of the largest component that makes a second one worth a word
@@ -66,13 +68,18 @@ def film(
     if tries < 1:
         raise InvalidInputError(f"tries is {tries}; expected at least one episode to choose from.")
     render = RenderSettings(384, 384) if render is None else render
+    if min(render.width, render.height) < LEAST_SIZE:
+        raise InvalidInputError(
+            f"a side is {render.width} x {render.height} pixels; expected at least {LEAST_SIZE} each way, so that what "
+            "is drawn into it can be read."
+        )
     reasoner = ReasonerSettings() if reasoner is None else reasoner
     prior = load_prior(env, policy)
     with ExitStack() as writers:
         # Opened first: what is wrong with a path or with ffmpeg shows before minutes of simulation.
-        films = [writers.enter_context(VideoWriter(path, FRAMES_PER_SECOND))]
+        films = [writers.enter_context(video_writer(path, FRAMES_PER_SECOND))]
         if gif is not None:
-            films.append(writers.enter_context(VideoWriter(gif, FRAMES_PER_SECOND, loop_speed=GIF_SPEED)))
+            films.append(writers.enter_context(video_writer(gif, FRAMES_PER_SECOND, loop_speed=GIF_SPEED)))
         with make_env(env, 1, workers=0, render=render) as stage:
             stage.reset([0])
             stage.render()  # a machine that can't draw says so now
@@ -86,8 +93,8 @@ def film(
                 _panels(steered, stage.spec, view, method),
             ]
             for image in side_by_side(sides, heading=stage.spec.task, hold=HOLD):
-                for one in films:
-                    one.write(image)
+                for write in films:
+                    write(image)
     return Path(path)
 
 
@@ -150,11 +157,12 @@ def _panels(episode: Episode, spec: EnvSpec, view: CameraView, method: str) -> I
     chunk_of = [chunk for chunk, steps in enumerate(episode.chunk_steps) for _ in range(steps)]
     ends = [*accumulate(episode.chunk_steps)]
     last = len(episode.frames) - 1
+    ended: Status = "failure" if episode.steps >= spec.max_episode_steps else "unfinished"
     for step, frame in enumerate(episode.frames):
         # A frame belongs to the chunk that is being executed; the first to the chunk that is about to be.
         chunk = chunk_of[min(max(step - 1, 0), ends[-1] - 1)]
         direction = episode.directions[chunk]
-        status: Status = "running" if step < last else ("success" if episode.success else "failure")
+        status: Status = "running" if step < last else ("success" if episode.success else ended)
         yield Panel(
             frame,
             title=method,
