@@ -6,12 +6,17 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from counterflow.errors import StorageError
-from counterflow.files import replacing, write_json
+from counterflow.files import replacing, save_tensors, write_json
 
 
 def test_it_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -60,3 +65,40 @@ def test_what_is_not_json_is_the_callers_mistake_and_leaves_no_trace(tmp_path: P
     with pytest.raises(TypeError):
         write_json(tmp_path / "x.json", [object()])
     assert not list(tmp_path.iterdir())
+
+
+class TestTensors:
+    def test_they_come_back(self, tmp_path: Path) -> None:
+        save_tensors({"x": torch.arange(3)}, tmp_path / "x", {"made": "here"})
+        assert load_file(tmp_path / "x")["x"].tolist() == [0, 1, 2]
+
+    def test_what_the_system_refuses_is_its_own_error(
+        self, tmp_path: Path, largest_file: Callable[[int], AbstractContextManager[None]]
+    ) -> None:
+        target = tmp_path / "x"
+        target.write_text("old")
+        with (
+            largest_file(1000),
+            pytest.raises(StorageError, match="can't write .*: File too large"),
+            replacing(target) as temporary,
+        ):
+            save_tensors({"x": torch.zeros(1000)}, temporary)
+        assert target.read_text() == "old"
+        assert list(tmp_path.iterdir()) == [target]
+
+    @pytest.mark.parametrize(
+        ("words", "reason"),
+        [
+            ("I/O error: No space left on device (os error 28)", "the disk is full"),
+            ("something else", "something else"),
+        ],
+    )
+    def test_the_formats_own_error_is_read(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, reason: str
+    ) -> None:
+        def refuse(*_: object) -> None:
+            raise SafetensorError(words)
+
+        monkeypatch.setattr("safetensors.torch.save_file", refuse)
+        with pytest.raises(StorageError, match=rf"can't write .*: {reason}"), replacing(tmp_path / "x") as temporary:
+            save_tensors({}, temporary)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from counterflow.errors import StorageError
+
+if TYPE_CHECKING:  # worker processes import this file without torch
+    from torch import Tensor
 
 
 @contextmanager
@@ -75,6 +79,25 @@ def write_json(path: Path | str, content: Mapping[str, Any] | Sequence[Any]) -> 
     """
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors to `path` in the safetensors format.
+
+    Raises:
+        OSError: the system refused, with its error number. The format's own error, raised otherwise, hides that the disk
+            is full.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise OSError(str(error)) from error
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def _usual_mode() -> int:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -35,6 +41,25 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         pass
 
 
+def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from counterflow.experiments.run import Run\n"
+        f"try: Run({str(tmp_path)!r}, {CONFIG!r})\n"
+        "except Exception as error: print(type(error).__name__)\n"
+        "else: os.kill(os.getpid(), 9)\n"
+    )
+
+    def elsewhere() -> subprocess.CompletedProcess[str]:
+        environment = {"PYTHONPATH": os.pathsep.join(sys.path), "PATH": os.environ["PATH"]}
+        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+
+    with Run(tmp_path, CONFIG):
+        assert elsewhere().stdout == "TrainingError\n"
+    assert elsewhere().returncode == -9
+    with Run(tmp_path, CONFIG):
+        pass
+
+
 def test_numbers_are_reported_once_even_after_a_kill(tmp_path: Path) -> None:
     with Run(tmp_path, CONFIG) as run:
         for step in (10, 20, 30):
@@ -60,6 +85,45 @@ def test_state_comes_back_and_damage_is_named(tmp_path: Path) -> None:
         state.write_bytes(state.read_bytes()[:10])
         with pytest.raises(CheckpointError, match="Delete it to begin the run anew"):
             run.load_state()
+
+
+def test_a_full_disk_is_named_and_keeps_the_last_state(
+    tmp_path: Path, largest_file: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    with Run(tmp_path, CONFIG) as run:
+        run.save_state({"x": torch.ones(10)})
+        with largest_file(500), pytest.raises(StorageError, match=r"state\.safetensors: File too large"):
+            run.save_state({"x": torch.zeros(1000)})
+        state = run.load_state()
+        assert state is not None
+        assert state["x"].tolist() == [1.0] * 10
+        run.report(1, loss=1.0)
+        with largest_file(1), pytest.raises(StorageError, match=r"metrics\.jsonl: File too large"):
+            run.report(2, loss=1.0)
+        assert run.metrics() == [{"step": 1, "loss": 1.0}]
+
+
+def test_what_tensorboard_could_not_write_is_named_and_frees_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its writer works in a thread of its own and hands a full disk on at a later call, or at the end."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def report_and_close(broken: str) -> None:
+        with Run(tmp_path, CONFIG) as run:
+            run.report(1, loss=1.0)
+            monkeypatch.setattr(SummaryWriter, broken, full)
+            run.report(2, loss=1.0)
+
+    for broken in ("add_scalar", "close"):
+        with pytest.raises(StorageError, match="the disk is full"):
+            report_and_close(broken)
+        monkeypatch.undo()
+    with Run(tmp_path, CONFIG):
+        pass
 
 
 def test_what_is_no_run(tmp_path: Path) -> None:

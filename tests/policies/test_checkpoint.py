@@ -5,15 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from counterflow.errors import CheckpointError, InvalidInputError, MismatchError, StorageError, UnknownNameError
+from counterflow.errors import CheckpointError, StorageError, UnknownNameError
 from counterflow.policies import (
     ActionLayout,
     ActionSpec,
@@ -81,6 +85,13 @@ class TestRoundTrip:
             load(way).fingerprint for way in (saved, saved.with_suffix(""), saved.with_suffix(".json"), run.parent)
         }
         assert prints == {policy().fingerprint}
+
+    def test_the_folder_that_one_stands_in(self, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(saved.parent)
+        with pytest.raises(CheckpointError, match="holds no policy"):
+            load(".")
+        save(policy(), saved.parent / "checkpoints" / "policy")
+        assert load(".").fingerprint == load("").fingerprint == policy().fingerprint
 
     def test_the_json_tells_a_reader_everything(self, saved: Path) -> None:
         content = json.loads(saved.with_suffix(".json").read_text())
@@ -157,6 +168,41 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match=r"describes another policy.*Delete it"):
             load(saved)
 
+    @pytest.mark.parametrize(
+        ("part", "change"),
+        [("action", {"horizon": 99}), ("action", {"high": [2.0] * 4}), ("network", {"width": 32})],
+    )
+    def test_a_json_changed_by_hand_is_not_silently_ignored(
+        self, saved: Path, part: str, change: dict[str, Any]
+    ) -> None:
+        beside = saved.with_suffix(".json")
+        content = json.loads(beside.read_text())
+        beside.write_text(json.dumps({**content, part: {**content[part], **change}}))
+        with pytest.raises(CheckpointError, match="describes another policy"):
+            load(saved)
+
+    def test_notes_may_be_added_to_the_json(self, saved: Path) -> None:
+        beside = saved.with_suffix(".json")
+        content = json.loads(beside.read_text())
+        beside.write_text(json.dumps({**content, "provenance": {"note": "the good one"}}, indent=4))
+        assert load(saved).fingerprint == policy().fingerprint
+
+    @pytest.mark.parametrize("text", ["", "[]", "3", "{", '{"format": "counterflow/flow-policy"}', "\xff"])
+    def test_a_json_that_is_no_description(self, saved: Path, text: str) -> None:
+        saved.with_suffix(".json").write_bytes(text.encode("latin-1"))
+        with pytest.raises(CheckpointError, match="can't be read"):
+            load(saved)
+
+    def test_another_kind_of_thing(self, saved: Path) -> None:
+        rewrite(saved, format="counterflow/critic")
+        with pytest.raises(CheckpointError, match=r"holds a 'counterflow/critic'"):
+            load(saved)
+
+    def test_a_description_without_a_fingerprint(self, saved: Path) -> None:
+        rewrite(saved, drop=("fingerprint",))
+        with pytest.raises(CheckpointError, match="without a fingerprint"):
+            load(saved)
+
     def test_a_folder_without_a_policy(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="holds no policy"):
             load(tmp_path)
@@ -166,33 +212,72 @@ def test_a_full_disk_leaves_the_old_one(saved: Path, monkeypatch: pytest.MonkeyP
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("counterflow.policies.checkpoint.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(StorageError, match="the disk is full"):
         save(policy(seed=1), saved)
     assert load(saved).fingerprint == policy().fingerprint
     assert {path.name for path in saved.parent.iterdir()} == {"mine.safetensors", "mine.json"}
 
 
-def test_observations_are_checked() -> None:
-    with pytest.raises(MismatchError, match=r"sees \(B, 5\).*ogbench/scene"):
-        policy().encode(torch.zeros(2, 6))
-    with pytest.raises(InvalidInputError, match="NaN"):
-        policy().encode(torch.full((1, 5), float("nan")))
+class TestInterruptions:
+    @pytest.mark.parametrize("rename", [0, 1])
+    def test_a_kill_before_either_rename_leaves_a_whole_policy(
+        self, saved: Path, monkeypatch: pytest.MonkeyPatch, rename: int
+    ) -> None:
+        """The weights come first: without theirs it is still the old policy, without the json's already the new one."""
+
+        class KilledError(BaseException):
+            pass
+
+        replace, renamed = Path.replace, []
+
+        def kill(self: Path, target: Path) -> Path:
+            if len(renamed) == rename:
+                raise KilledError
+            renamed.append(target)
+            return replace(self, target)
+
+        monkeypatch.setattr(Path, "replace", kill)
+        with pytest.raises(KilledError):
+            save(policy(seed=1), saved)
+        monkeypatch.undo()
+        assert load(saved).fingerprint == policy(seed=rename).fingerprint
+        save(policy(seed=2), saved)
+        assert load(saved).fingerprint == policy(seed=2).fingerprint
+        assert {path.name for path in saved.parent.iterdir()} == {"mine.safetensors", "mine.json"}
+
+    @pytest.mark.parametrize("size", [100, 2000])  # no room for the json; room for it, but not for the weights
+    def test_a_disk_that_is_really_full_leaves_the_old_one(
+        self, saved: Path, largest_file: Callable[[int], AbstractContextManager[None]], size: int
+    ) -> None:
+        assert saved.with_suffix(".json").stat().st_size < 2000 < saved.stat().st_size
+        with largest_file(size), pytest.raises(StorageError, match=r"can't write .*File too large.*untouched"):
+            save(policy(seed=1), saved)
+        assert load(saved).fingerprint == policy().fingerprint
+        assert {path.name for path in saved.parent.iterdir()} == {"mine.safetensors", "mine.json"}
+
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(place=st.integers(0, 1_000_000), bit=st.integers(0, 7))
+    def test_a_flipped_bit_never_changes_what_a_policy_does(self, saved: Path, place: int, bit: int) -> None:
+        """It is refused in plain words, or it fell where nothing depends on it (notes on how the policy was made)."""
+        whole = saved.read_bytes()
+        damaged = bytearray(whole)
+        damaged[place % len(whole)] ^= 1 << bit
+        target = saved.with_name("damaged.safetensors")
+        target.write_bytes(damaged)
+        try:
+            loaded = load(target)
+        except CheckpointError:
+            return
+        assert torch.equal(velocity(loaded), velocity(policy()))
+        assert loaded.action_spec.low == (-1.0,) * 4
 
 
-def test_network_settings_are_checked() -> None:
-    with pytest.raises(UnknownNameError, match="transformer"):
-        NetworkConfig("transfromer")  # type: ignore[arg-type]
-    with pytest.raises(InvalidInputError, match="width is 0"):
-        NetworkConfig(width=0)
-    with pytest.raises(InvalidInputError, match="divided among 3 heads"):
-        FlowPolicy(NetworkConfig("transformer", 16, 1, 3), Normaliser.fit(torch.randn(9, 2)), ActionSpec(1, 1))
-
-
-def rewrite(path: Path, **changes: Any) -> None:
+def rewrite(path: Path, drop: tuple[str, ...] = (), **changes: Any) -> None:
     """Change the description inside the weights' file, and drop the one beside it."""
     path.with_suffix(".json").unlink()
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         content = json.loads(file.metadata()["counterflow"])
-    save_file(tensors, path, {"counterflow": json.dumps({**content, **changes})})
+    content = {name: value for name, value in {**content, **changes}.items() if name not in drop}
+    save_file(tensors, path, {"counterflow": json.dumps(content)})

@@ -17,11 +17,11 @@ from typing import Any
 
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from counterflow.errors import CheckpointError, StorageError, TrainingError
-from counterflow.files import reason_of, replacing, storage_error
+from counterflow.files import reason_of, replacing, save_tensors, storage_error
 
 
 class Run:
@@ -62,9 +62,12 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the files and let others train here."""
-        if self._board is not None:
-            self._board.close()
-        self._lock.close()
+        try:
+            if self._board is not None:
+                with _storing(self.folder):
+                    self._board.close()
+        finally:
+            self._lock.close()
 
     def load_state(self) -> dict[str, Tensor] | None:
         """Return the training state of the last checkpoint, or None if there is none yet.
@@ -89,7 +92,7 @@ class Run:
             StorageError: it can't be written; the last one is untouched.
         """
         with replacing(self._state_path) as temporary:
-            save_file(dict(state), temporary)
+            save_tensors(state, temporary)
 
     def forget_after(self, step: int) -> None:
         """Drop the numbers of updates after `step`, which a resumed training will report again."""
@@ -105,14 +108,15 @@ class Run:
         Raises:
             StorageError: they can't be written.
         """
-        if self._board is None:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
+        with _storing(self._metrics_path):
+            if self._board is None:
+                from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            self._board = SummaryWriter(str(self.folder), purge_step=step)
-        with _storing(self._metrics_path), self._metrics_path.open("a") as file:
-            file.write(json.dumps({"step": step, **numbers}) + "\n")
-        for name, value in numbers.items():
-            self._board.add_scalar(name, value, step)
+                self._board = SummaryWriter(str(self.folder), purge_step=step)
+            with self._metrics_path.open("a") as file:
+                file.write(json.dumps({"step": step, **numbers}) + "\n")
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)  # its thread may report a full disk at a later call
 
     def metrics(self) -> list[dict[str, float]]:
         """Return everything reported so far."""

@@ -1,7 +1,8 @@
 """Policies on disk: `NAME.safetensors` with the numbers and `NAME.json` with everything that a person wants to read.
 
 The weights' file carries a copy of the json in its own header, so it is complete by itself, and writing it is one atomic
-rename: a kill at any moment leaves a whole policy, the old or the new one.
+rename: a kill at any moment leaves a whole policy, the old or the new one. The json of the old one goes before the new
+weights come, so that the two on disk never contradict each other.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import counterflow
 from counterflow.errors import CheckpointError, CounterflowError, UnknownNameError
-from counterflow.files import replacing, write_json
+from counterflow.files import replacing, save_tensors
 from counterflow.layout import ActionLayout
 from counterflow.policies.base import ActionSpec, as_device
 from counterflow.policies.flow_policy import FlowPolicy, NetworkConfig, fingerprint
@@ -49,9 +49,12 @@ def save(policy: FlowPolicy, path: Path | str) -> Path:
         **description,
         "provenance": policy.provenance,
     }
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"counterflow": json.dumps(content)})
-    write_json(path.with_suffix(".json"), content)
+    beside = path.with_suffix(".json")
+    with replacing(beside) as description_file:
+        description_file.write_text(json.dumps(content, indent=1) + "\n")
+        with replacing(path) as weights_file:
+            save_tensors(tensors, weights_file, {"counterflow": json.dumps(content)})
+            beside.unlink(missing_ok=True)
     return path
 
 
@@ -97,7 +100,7 @@ def _find(path_or_name: Path | str) -> Path:
     path = Path(path_or_name)
     if path.suffix == ".json":
         path = path.with_suffix(".safetensors")
-    candidates = [path, path.with_name(path.name + ".safetensors"), *(path / inside for inside in INSIDE_A_RUN)]
+    candidates = [path, Path(f"{path}.safetensors"), *(path / inside for inside in INSIDE_A_RUN)]
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is not None:
         return found
@@ -146,6 +149,8 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
             f"{path} was written in format {version} by Counterflow {content.get('counterflow_version', '?')}; this is "
             f"Counterflow {counterflow.__version__}, which knows formats up to {FORMAT_VERSION}. Upgrade counterflow."
         )
+    if "fingerprint" not in content:
+        raise CheckpointError(f"{path} has a description without a fingerprint. Fetch or train it again.")
     return dict(content)
 
 
@@ -155,7 +160,9 @@ def _check_twin(beside: Path, content: dict[str, Any]) -> None:
         text = beside.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{beside} can't be read: {error}. Delete it: the weights carry a copy.") from error
-    if _parse(text, beside).get("fingerprint") != content["fingerprint"]:
+    # Notes on its making may be added by hand; what the policy is may not, because it would be ignored.
+    described = {**_parse(text, beside), "provenance": None}
+    if described != {**content, "provenance": None}:
         raise CheckpointError(
             f"{beside} describes another policy than the weights beside it. Delete it to use the description that the "
             "weights carry, or put the right pair together."
