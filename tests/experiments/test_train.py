@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from counterflow.errors import (
+    CheckpointError,
     DatasetError,
     InvalidInputError,
     MismatchError,
@@ -68,6 +71,36 @@ class TestResuming:
         assert resumed.validation_loss == whole.validation_loss
         metrics = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("whole", "cut")]
         assert metrics[0] == metrics[1]
+
+    def test_reports_are_not_doubled_when_they_lie_between_checkpoints(self, data: Path, tmp_path: Path) -> None:
+        def interrupt(progress: Progress) -> None:
+            if progress.step == 35:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            train(data, tmp_path / "cut", on_progress=interrupt, checkpoint_every=20)
+        train(data, tmp_path / "cut", checkpoint_every=20)
+        lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "loss" in line] == list(range(5, 41, 5))
+        assert [line["step"] for line in lines if "validation_loss" in line] == [10, 20, 30, 40]
+
+    def test_a_finished_run_whose_policy_was_deleted_writes_it_again(self, data: Path, tmp_path: Path) -> None:
+        first = train(data, tmp_path / "run")
+        expected = weights(tmp_path / "run")
+        first.path.unlink()
+        again = train(data, tmp_path / "run")
+        assert again.steps_done == 0
+        assert again.validation_loss == first.validation_loss
+        assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "run").items())
+
+    def test_a_state_from_another_kind_of_device_is_refused(self, data: Path, tmp_path: Path) -> None:
+        """A generator's state is 16 bytes long on a GPU, and some thousands on a CPU."""
+        train(data, tmp_path / "run")
+        state = tmp_path / "run" / "checkpoints" / "state.safetensors"
+        elsewhere = {"rng": torch.zeros(16, dtype=torch.uint8), "batches": torch.zeros(16, dtype=torch.uint8)}
+        save_file({**load_file(state), **elsewhere}, state)
+        with pytest.raises(CheckpointError, match="does not fit"):
+            train(data, tmp_path / "run")
 
     def test_a_finished_run_is_left_alone(self, data: Path, tmp_path: Path) -> None:
         first = train(data, tmp_path / "run")
@@ -141,12 +174,32 @@ class TestRefusals:
         monkeypatch.undo()
         assert train(data, tmp_path / "run").steps_done == 20
 
+    def test_weights_that_run_away_between_two_reports_never_reach_a_checkpoint(
+        self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from counterflow.learning import BCLearner
+
+        update = BCLearner.update
+
+        def diverge(learner: BCLearner, batch: Any) -> torch.Tensor:
+            loss = update(learner, batch)
+            if learner.step == 20:  # the loss was still finite: it is computed before the step
+                next(learner.policy.network.parameters()).data.fill_(float("inf"))
+            return loss
+
+        monkeypatch.setattr(BCLearner, "update", diverge)
+        with pytest.raises(TrainingError, match=r"weights are not finite after update 20.*checkpoint .* is safe"):
+            train(data, tmp_path / "run", report_every=40, validate_every=40)
+        monkeypatch.undo()
+        assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+        assert train(data, tmp_path / "run").steps_done == 30
+
     def test_a_full_disk_keeps_the_last_checkpoint(
         self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         import counterflow.experiments.run as module
 
-        save, saved = module.save_file, []
+        save, saved = module.save_tensors, []
 
         def full(tensors: Any, path: Path) -> None:
             if len(saved) == 2:
@@ -154,7 +207,7 @@ class TestRefusals:
             saved.append(path)
             save(tensors, path)
 
-        monkeypatch.setattr(module, "save_file", full)
+        monkeypatch.setattr(module, "save_tensors", full)
         with pytest.raises(StorageError, match="the disk is full"):
             train(data, tmp_path / "run")
         monkeypatch.undo()

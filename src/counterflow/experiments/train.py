@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -112,8 +113,8 @@ def train_bc(
         rng = generator(child_seed(seed, "batches"), device)
         state = folder.load_state()
         if state is not None:
-            rng.set_state(state.pop("batches"))
-            learner.restore(state)
+            learner.restore(state)  # first: it explains what does not fit, as a state from another kind of device
+            rng.set_state(state["batches"])
         first = learner.step
         if first >= config.steps and folder.policy_path.exists():
             finished = load(folder.policy_path)
@@ -131,6 +132,7 @@ def train_bc(
         }
 
         def checkpoint(validation_loss: float) -> None:
+            _check_weights(learner, folder)
             learner.averaged.provenance = {**provenance, "steps": learner.step, "validation_loss": validation_loss}
             save(learner.averaged, folder.policy_path)
             folder.save_state({**learner.state(), "batches": rng.get_state()})
@@ -154,6 +156,8 @@ def train_bc(
                     on_progress(Progress(step, config.steps, loss, validation_loss, seconds))
             if step % checkpoint_every == 0 or last:
                 checkpoint(validation_loss)
+        if not folder.policy_path.exists():  # a finished run whose policy was deleted
+            checkpoint(validation_loss)
         return Trained(folder.policy_path, validation_loss, time.perf_counter() - began, config.steps - first)
 
 
@@ -213,10 +217,19 @@ def check_dataset(dataset: EpisodeDataset, spec: EnvSpec, path: Path) -> None:
 
 
 def _check_finite(loss: float, step: int, folder: Run) -> None:
-    if loss == loss and abs(loss) != float("inf"):
-        return
-    raise TrainingError(
-        f"the loss is {loss} at update {step}. The last checkpoint in {folder.checkpoints} is safe; lower the learning rate "
+    if not math.isfinite(loss):
+        raise _diverged(f"the loss is {loss} at update {step}", folder)
+
+
+def _check_weights(learner: BCLearner, folder: Run) -> None:
+    """Refuse to put weights that are not finite in the place of a sound checkpoint, whatever the last reported loss was."""
+    if not all(bool(torch.isfinite(weight).all()) for weight in learner.policy.parameters()):
+        raise _diverged(f"weights are not finite after update {learner.step}", folder)
+
+
+def _diverged(what: str, folder: Run) -> TrainingError:
+    return TrainingError(
+        f"{what}. The last checkpoint in {folder.checkpoints} is safe; lower the learning rate "
         "or clip gradients, in a new run."
     )
 
