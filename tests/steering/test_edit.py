@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from counterflow.errors import InvalidInputError
 from counterflow.policies import FieldPolicy
@@ -94,15 +93,3 @@ class TestLimits:
 def test_settings_out_of_range(make: Any) -> None:
     with pytest.raises(InvalidInputError, match="expected"):
         make()
-
-
-def test_guidance_that_follows_the_reference(prior: FieldPolicy, means: Tensor) -> None:
-    from counterflow.steering import FollowReference, Together
-
-    steered = torch.zeros(5, 3, 4, dtype=torch.bool)
-    steered[..., 1] = True
-    reference = Reference.of(torch.full((5, 3, 4), 1.25), steered=steered)
-    plan = SteeredPolicy(prior, guidance=Together([FollowReference()]), steps=8).act(means, reference, 0)
-    torch.testing.assert_close(plan.chunk[..., 1], torch.full((5, 3), 1.25), atol=1e-5, rtol=0)
-    free = SteeredPolicy(prior, steps=8).act(means, None, 0)
-    torch.testing.assert_close(plan.chunk[..., 0], free.chunk[..., 0])

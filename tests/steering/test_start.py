@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from counterflow.errors import InvalidInputError
-from counterflow.policies import FieldPolicy
+from counterflow.policies import ActionSpec, FieldPolicy
 from counterflow.random import RowGenerators, generator
 from counterflow.steering import FlowReversal, Gaussian, PartialNoising, Reference, SteeredPolicy, SteeringContext
 
@@ -51,6 +53,13 @@ class TestFlowReversal:
         plan = steered.act(means, reference(means), 0)
         torch.testing.assert_close(plan.chunk, torch.full((5, 3, 4), 1.5), atol=1e-4, rtol=0)
         assert plan.round_trip_error.max() < 1e-4
+
+    @given(value=st.floats(-1.5, 1.5), mean=st.floats(-1, 1), steps=st.integers(4, 20))
+    def test_an_exact_round_trip_whatever_the_reference(self, value: float, mean: float, steps: int) -> None:
+        bent = FieldPolicy(lambda x, t, o: o[:, None, None] - x.sin(), ActionSpec(3, 4, (-4.0,) * 4, (4.0,) * 4))
+        policy = SteeredPolicy(bent, start=FlowReversal(steps, "exact"), steps=steps)
+        plan = policy.act(torch.tensor([mean]), torch.full((1, 3, 4), value), 0)
+        torch.testing.assert_close(plan.chunk, torch.full((1, 3, 4), value), atol=1e-4, rtol=0)
 
     def test_few_steps_pull_towards_the_prior_and_many_do_not(self, prior: FieldPolicy) -> None:
         means = torch.zeros(1)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from counterflow.errors import InvalidInputError, MismatchError, UnknownNameError
+from counterflow.errors import InvalidInputError, MismatchError
 from counterflow.flow import GaussianField
 from counterflow.policies import ActionSpec, FieldPolicy, Normaliser
 from counterflow.random import RowGenerators
@@ -76,37 +76,6 @@ def test_everything_composes_and_rows_do_not_touch(
     alone = policy.act(means[3:], Reference.of(chunk[3:], speaks[3:]), RowGenerators([7]))
     torch.testing.assert_close(together.actions[3:], alone.actions, atol=1e-6, rtol=0)
     torch.testing.assert_close(together.noise[3:], alone.noise, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_where_nobody_speaks_every_method_is_a_draw_of_the_base(method: str) -> None:
-    means = torch.zeros(3)
-    silent = Reference.of(torch.ones(3, 3, 4), torch.zeros(3, dtype=torch.bool))
-    steered = steer(make_prior(), method, MethodSettings(steps=5, reversal_steps=5, tau=0.5, candidates=1))
-    base = SteeredPolicy(make_prior(), steps=steered.steps)
-    plan = steered.act(means, silent, RowGenerators(range(3)))
-    assert torch.equal(plan.actions, base.act(means, None, RowGenerators(range(3))).actions)
-
-
-class TestMethods:
-    def test_each_does_what_its_name_says(self) -> None:
-        means, reference = torch.zeros(400), Reference.of(torch.full((400, 3, 4), 0.9))
-        chunks = {name: steer(make_prior(), name).act(means, reference, 0).chunk for name in METHODS}
-        assert chunks["base"].mean().abs() < 0.02
-        assert chunks["direct"].eq(0.9).all()
-        assert 0.3 < chunks["frs"].mean() < 0.9
-        assert chunks["frs"].std(0).max() < 1e-4  # reversal of one reference is one noise
-        assert 0.1 < chunks["partial"].mean() < 0.9
-        assert chunks["partial"].std(0).min() > 0.01
-        assert 0.05 < chunks["rank"].mean() < 0.5
-
-    def test_partial_noising_denoises_with_the_steps_that_are_left(self) -> None:
-        assert steer(make_prior(), "partial", MethodSettings(tau=0.7)).steps == 3
-        assert steer(make_prior(), "partial", MethodSettings(tau=0.99)).steps == 1
-
-    def test_unknown_name(self) -> None:
-        with pytest.raises(UnknownNameError, match="frs"):
-            steer(make_prior(), "fsr")
 
 
 class TestPlan:

@@ -9,7 +9,7 @@ from counterflow.errors import UnknownNameError
 from counterflow.policies import BasePolicy
 from counterflow.steering.edit import ExecuteReference, NearestToReference
 from counterflow.steering.start import FlowReversal, PartialNoising
-from counterflow.steering.steered import SteeredPolicy
+from counterflow.steering.steered import SteeredPolicy, check_steps
 
 MethodName = Literal["base", "direct", "frs", "partial", "rank"]
 
@@ -53,7 +53,7 @@ def steer(base: BasePolicy, method: str, settings: MethodSettings | None = None)
     if method == "partial":
         noising = PartialNoising(settings.tau)
         # The paper denoises from tau = 0.5 with half of its ten steps: the same step size as from t = 0.
-        return SteeredPolicy(base, start=noising, steps=max(1, round(settings.steps * (1 - settings.tau))))
+        return SteeredPolicy(base, start=noising, steps=max(1, round(check_steps(settings.steps) * (1 - settings.tau))))
     if method == "rank":
         edit = NearestToReference(settings.candidates, settings.distance)
         return SteeredPolicy(base, edit=edit, steps=settings.steps)

@@ -104,8 +104,7 @@ class SteeredPolicy:
         steps: int = 10,
         solver: str = "euler",
     ) -> None:
-        if not (isinstance(steps, int) and 1 <= steps <= MAX_STEPS):
-            raise InvalidInputError(f"denoising steps is {steps!r}; expected an integer from 1 to {MAX_STEPS}.")
+        check_steps(steps)
         self.base, self.start, self.guidance, self.edit = base, start, guidance, edit
         self.steps, self.solver = steps, solver
 
@@ -217,6 +216,13 @@ class SteeredPolicy:
             base = counter = _Counted(self.base)
         steered = SteeredPolicy(base, self.start, self.guidance, self.edit, steps=self.steps, solver=self.solver)
         return steered, counter
+
+
+def check_steps(steps: int) -> int:
+    """Return `steps`, or raise `InvalidInputError` unless it is a sensible number of denoising steps."""
+    if not (isinstance(steps, int) and 1 <= steps <= MAX_STEPS):
+        raise InvalidInputError(f"denoising steps is {steps!r}; expected an integer from 1 to {MAX_STEPS}.")
+    return steps
 
 
 def _rows_of(observation: Tensor | npt.NDArray[Any] | dict[str, Any]) -> int:
