@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -11,11 +12,9 @@ from counterflow.envs import VectorEnv, make_env
 from counterflow.errors import InvalidInputError, MismatchError, UnknownNameError
 from counterflow.experiments.compare import Contender, comparison_of, expand_tasks
 from counterflow.experiments.evaluate import ReasonerSettings, evaluate, load_prior, policy_name
-from counterflow.experiments.rollout import Episode, run_episodes
 from counterflow.policies import ActionLayout, ActionSpec, FieldPolicy
 from counterflow.random import child_seed
-from counterflow.reasoners import scripted_reasoner
-from counterflow.steering import MethodSettings, steer
+from counterflow.steering import MethodSettings
 
 TASK = "ogbench/cube-single-task4"
 
@@ -41,6 +40,11 @@ class TestRepeatability:
             assert outcomes(single, "partial", error=0.3) == expected
         assert outcomes(env, "partial", error=0.3) == expected
 
+    def test_everything_but_the_time_it_took_is_the_same_again(self, env: VectorEnv) -> None:
+        first, again = (evaluate(env, load_prior(TASK), "frs", 3, 1).to_json() for _ in range(2))
+        assert first.pop("seconds") != again.pop("seconds")
+        assert first == again
+
     def test_episodes_are_the_seeds_and_methods_share_them(self, env: VectorEnv) -> None:
         expected = [child_seed(7, "episode", index) for index in range(2)]
         for method in ("frs", "direct"):
@@ -63,24 +67,21 @@ class TestAccounting:
         assert content["settings"]["reversal_steps"] == 4
         assert content["policy"] == load_prior(TASK).fingerprint  # type: ignore[attr-defined]
 
+    def test_the_json_holds_what_is_promised_and_is_strictly_json(self, env: VectorEnv) -> None:
+        content = json.loads(json.dumps(evaluate(env, load_prior(TASK), "base", 2, 3).to_json(), allow_nan=False))
+        promised = {"env", "steer", "episodes", "successes", "success_rate", "ci95", "seconds"}
+        assert promised < set(content)
+        assert (content["env"], content["steer"], content["episodes"], content["seed"]) == (TASK, "base", 2, 3)
+        assert content["success_rate"] == content["successes"] / 2
+        low, high = content["ci95"]
+        assert 0 <= low <= content["success_rate"] <= high <= 1
+        assert content["seconds"] > 0
+        assert content["settings"] == {"steps": 10}
+
     def test_the_base_asks_nobody(self, env: VectorEnv) -> None:
         content = evaluate(env, load_prior(TASK), "base", 1, 0).to_json()
         assert content["ledger"]["reasoner_queries"] == 0
         assert content["diagnostics"]["agreement"] is None
-
-    def test_episodes_can_be_cut_and_are_told_as_they_end(self, env: VectorEnv) -> None:
-        told: list[Episode] = []
-        episodes = run_episodes(
-            steer(load_prior(TASK), "frs"),
-            env,
-            [1, 2, 3, 4],
-            lambda: scripted_reasoner(TASK),
-            max_chunks=2,
-            on_episode=told.append,
-        )
-        assert [episode.seed for episode in episodes] == [1, 2, 3, 4]
-        assert [episode.steps for episode in episodes] == [10] * 4
-        assert {id(one) for one in told} == {id(one) for one in episodes}
 
 
 class TestRefusals:
@@ -91,10 +92,37 @@ class TestRefusals:
         with pytest.raises(MismatchError, match="acts in 7 dimensions"):
             evaluate(env, seven, "frs", 1, 0)
 
-    @pytest.mark.parametrize(("episodes", "seed"), [(0, 0), (-1, 0), (100_001, 0), (1, -1)])
-    def test_numbers_out_of_range(self, env: VectorEnv, episodes: int, seed: int) -> None:
+    @pytest.mark.parametrize(("episodes", "seed"), [(0, 0), (-1, 0), (100_001, 0), (2.5, 0), (1, -1)])
+    def test_numbers_out_of_range(self, env: VectorEnv, episodes: Any, seed: int) -> None:
         with pytest.raises(InvalidInputError, match="expected"):
             evaluate(env, load_prior(TASK), "frs", episodes, seed)
+
+    @pytest.mark.parametrize(
+        ("method", "settings", "reasoner"),
+        [
+            ("frs", {"reversal_steps": 0}, {}),
+            ("partial", {"tau": 1.0}, {}),
+            ("partial", {"steps": 0}, {}),
+            ("rank", {"candidates": 0}, {}),
+            ("frs", {}, {"error": 1.5}),
+            ("frs", {}, {"delay": -1}),
+            ("frs", {}, {"magnitude": 0.0}),
+            ("frs", {}, {"magnitude": float("nan")}),
+        ],
+    )
+    def test_settings_out_of_range(
+        self, env: VectorEnv, method: str, settings: dict[str, Any], reasoner: dict[str, Any]
+    ) -> None:
+        with pytest.raises(InvalidInputError, match="expected"):
+            evaluate(
+                env,
+                load_prior(TASK),
+                method,
+                1,
+                0,
+                settings=MethodSettings(**settings),
+                reasoner=ReasonerSettings(**reasoner),
+            )
 
     def test_unknown_names(self, env: VectorEnv) -> None:
         with pytest.raises(UnknownNameError, match="frs"):

@@ -62,6 +62,19 @@ class TestLearning:
         assert learner.precision == config.precision
         assert next(learner.averaged.network.parameters()).dtype == torch.float32
 
+    @pytest.mark.parametrize("settings", [{"precision": "bfloat16"}, {"compile": True}])
+    def test_the_modes_agree(self, settings: dict[str, Any]) -> None:
+        """Three digits in bfloat16; a compiled loss differs by rounding."""
+        plain, other = (BCLearner(policy(), BCConfig(**{**vars(CONFIG), **changes}), 0) for changes in ({}, settings))
+        losses = [
+            [float(learner.update(batch(64, torch.Generator().manual_seed(step)))) for step in range(20)]
+            for learner in (plain, other)
+        ]
+        tolerance = 0.03 if "precision" in settings else 1e-4
+        assert losses[1] == pytest.approx(losses[0], rel=tolerance)
+        if "precision" in settings:
+            assert losses[1] != losses[0]
+
     def test_what_it_learned_depends_on_the_observation(self) -> None:
         from counterflow.steering import SteeredPolicy
 
@@ -80,8 +93,37 @@ class TestLearning:
         learner = trained(BCConfig(**{**vars(CONFIG), "average": 0.0}), 20)
         for average, last in zip(learner.averaged.parameters(), learner.policy.parameters(), strict=True):
             assert torch.equal(average, last)
-        slow = trained(BCConfig(**{**vars(CONFIG), "average": 0.99}), 20)
-        assert not torch.equal(next(slow.averaged.parameters()), next(slow.policy.parameters()))
+
+    @pytest.mark.parametrize("average", [0.2, 0.9])
+    def test_the_average_forgets_its_random_start_quickly(self, average: float) -> None:
+        """Its decay is (1 + n) / (10 + n) after n updates, until that reaches the one that was asked for."""
+        learner = BCLearner(policy(), BCConfig(**{**vars(CONFIG), "average": average}), 0)
+        expected = [weight.detach().clone() for weight in learner.policy.network.parameters()]
+        for step in range(12):
+            trained(CONFIG, step + 1, learner)
+            decay = min(average, (1 + step) / (10 + step))
+            for mean, weight in zip(expected, learner.policy.network.parameters(), strict=True):
+                mean.mul_(decay).add_(weight.detach(), alpha=1 - decay)
+        for mean, found in zip(expected, learner.averaged.network.parameters(), strict=True):
+            torch.testing.assert_close(found, mean)
+
+    @pytest.mark.parametrize(("limit", "clipped"), [(0.0, False), (1e-3, True)])
+    def test_gradients_are_clipped_to_their_norm(self, limit: float, clipped: bool) -> None:
+        learner = trained(BCConfig(**{**vars(CONFIG), "gradient_norm": limit}), 1)
+        gradients = [weight.grad for weight in learner.policy.network.parameters() if weight.grad is not None]
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+        assert norm == pytest.approx(1e-3, rel=1e-3) if clipped else norm > 0.1
+
+    def test_weights_decay(self) -> None:
+        """AdamW shrinks a weight by rate * decay an update, apart from the gradient's step, which does not depend on it."""
+        constant = {"schedule": "constant", "learning_rate": 1e-2}
+        plain, decayed = (
+            trained(BCConfig(**{**vars(CONFIG), **constant, "weight_decay": decay}), 1) for decay in (0.0, 0.5)
+        )
+        start = policy().network.parameters()
+        pairs = zip(plain.policy.network.parameters(), decayed.policy.network.parameters(), strict=True)
+        for before, (without, with_decay) in zip(start, pairs, strict=True):
+            torch.testing.assert_close(without - with_decay, before * 0.005, atol=1e-6, rtol=1e-3)
 
 
 class TestState:

@@ -155,8 +155,8 @@ def load_prior(env: str, policy: str | None = None, device: str = "cpu") -> Base
 
 def check_episodes(episodes: int) -> int:
     """Return `episodes`, or raise `InvalidInputError` unless it is a sensible number."""
-    if not 1 <= episodes <= MAX_EPISODES:
-        raise InvalidInputError(f"episodes is {episodes}; expected 1 to {MAX_EPISODES}.")
+    if not (isinstance(episodes, int) and 1 <= episodes <= MAX_EPISODES):
+        raise InvalidInputError(f"episodes is {episodes!r}; expected an integer from 1 to {MAX_EPISODES}.")
     return episodes
 
 

@@ -115,11 +115,14 @@ def run_episodes(
         on_episode: called with each episode as it finishes.
 
     Raises:
+        InvalidInputError: no seeds, or a number is out of range.
         MismatchError: policy and environment don't fit.
         WorkerError: a simulator failed.
     """
     if not seeds:
         raise InvalidInputError("no episodes were asked for; give at least one seed.")
+    if max_chunks is not None and max_chunks < 1:
+        raise InvalidInputError(f"max_chunks is {max_chunks}; expected 1 or more, or None for whole episodes.")
     spec = policy.action_spec
     check_fit(policy.base, env.spec)
     rows = min(env.num_envs, len(seeds))
