@@ -35,6 +35,13 @@ class TestEveryNetwork:
             moved[:, -1] += 1  # the last action of a chunk matters to the first
             assert (network(features, moved, t) - together)[:, 0].abs().max() > 1e-3
 
+    def test_the_order_of_the_actions_matters(self, network: torch.nn.Module) -> None:
+        """A transformer that did not know which row is which would only shuffle its answer along."""
+        network = randomised(network)
+        features, x, t = torch.randn(5, 6), torch.randn(5, 4, 3), torch.rand(5)
+        with torch.no_grad():
+            assert (network(features, x.flip(1), t).flip(1) - network(features, x, t)).abs().max() > 1e-2
+
     def test_it_compiles_to_the_same_numbers(self, network: torch.nn.Module) -> None:
         network = randomised(network)
         inputs = torch.randn(3, 6), torch.randn(3, 4, 3), torch.rand(3)

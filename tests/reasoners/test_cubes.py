@@ -104,13 +104,17 @@ class TestReasoner:
     def test_it_stays_with_a_cube_until_that_is_placed(self) -> None:
         reasoner = CubeReasoner()
         reasoner.reset(0)
-        first = reasoner.decide(view([self.LEFT, self.RIGHT], [self.FAR, self.LEFT]))
-        assert first.axes == (0, -1, 0)  # cube 0 lies in the way of cube 1
-        # Half carried, cube 1 could go where it belongs; the choice stands until cube 0 has arrived.
-        half = reasoner.decide(view([(0.5, -0.1, 0.3), self.RIGHT], [self.FAR, self.LEFT], (0.2, -0.1, 0.4)))
-        assert half.axes == (1, 0, 0)
-        then = reasoner.decide(view([self.FAR, self.RIGHT], [self.FAR, self.LEFT]))
-        assert then.axes == (0, 1, 0)
+        goals = [self.RIGHT, self.FAR]
+        first = reasoner.decide(view([self.LEFT, self.RIGHT], goals))
+        assert first.axes == (0, 1, 0)  # cube 1 lies where cube 0 belongs
+        # With cube 1 in the air cube 0 could go home at once, but what was begun is finished.
+        half = view([self.LEFT, (0.5, 0.1, 0.3)], goals, (0.2, 0.1, 0.4))
+        chosen = next_cube(np.array([self.LEFT, (0.5, 0.1, 0.3)]), np.array(goals))
+        assert chosen is not None
+        assert chosen[0] == 0
+        assert reasoner.decide(half).axes == (1, 0, 0)
+        then = reasoner.decide(view([self.LEFT, self.FAR], goals))
+        assert then.axes == (0, -1, 0)
 
     def test_a_new_episode_forgets_the_last(self) -> None:
         reasoner = CubeReasoner()

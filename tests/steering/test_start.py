@@ -114,6 +114,15 @@ class TestPartialNoising:
         assert torch.equal(state[4], fresh[4])
         assert t.tolist() == pytest.approx([0.7] * 4 + [0.0])
 
+    def test_entries_that_are_not_steered_are_noise_alone(self, prior: FieldPolicy, means: Tensor) -> None:
+        steered = torch.zeros(5, 3, 4, dtype=torch.bool)
+        steered[..., :3] = True
+        given = reference(means, steered=steered)
+        state, _ = PartialNoising(0.7)(prior, context(means, given), RowGenerators(range(5)))
+        fresh = RowGenerators(range(5)).normal((5, 3, 4))
+        torch.testing.assert_close(state[..., :3], 0.3 * fresh[..., :3] + 0.7 * 1.5)
+        torch.testing.assert_close(state[..., 3], 0.3 * fresh[..., 3])
+
 
 def test_without_a_reference_every_start_is_fresh_noise(prior: FieldPolicy, means: Tensor) -> None:
     for start in (Gaussian(), FlowReversal(5), PartialNoising(0.5)):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from counterflow.errors import InvalidInputError, MismatchError
-from counterflow.flow import GaussianField
-from counterflow.policies import ActionSpec, FieldPolicy, Normaliser
+from counterflow.flow import GaussianField, denoise
+from counterflow.policies import ActionSpec, FieldPolicy, Normaliser, bind
 from counterflow.random import RowGenerators
 from counterflow.steering import (
     Chain,
@@ -108,6 +108,12 @@ class TestPlan:
         torch.testing.assert_close(quantiles, torch.tensor([0.1, 0.5, 0.9]), atol=0.03, rtol=0)
         far = SteeredPolicy(make_prior(), start=FlowReversal(50), steps=50).act(means, torch.full((2, 3, 4), 3.0), 0)
         assert far.noise_percentile.min() > 0.999
+
+    def test_the_noise_is_the_one_that_the_chosen_candidate_came_from(self) -> None:
+        means, reference = torch.tensor([0.0, 0.5, 1.0]), torch.linspace(-1, 1, 36).reshape(3, 3, 4)
+        policy = make_prior()
+        plan = SteeredPolicy(policy, edit=NearestToReference(16, "l2"), steps=4).act(means, reference, 0)
+        torch.testing.assert_close(denoise(bind(policy, means), plan.noise, 4), plan.chunk)
 
     def test_no_graph_is_kept(self) -> None:
         scale = torch.ones((), requires_grad=True)
