@@ -43,6 +43,22 @@ def test_rendering_after_a_careless_import_of_mujoco_is_refused_rather_than_fata
     assert "mujoco was imported before" in done.stderr
 
 
+@pytest.mark.skipif(not available_backends(), reason="no library to draw with")
+def test_a_process_that_made_data_can_still_draw() -> None:
+    script = (
+        "from counterflow.data.recipe import EpisodeMaker, Recipe\n"
+        "from counterflow.envs import RenderSettings\n"
+        "from counterflow.envs.ogbench import OGBenchEnv\n"
+        "EpisodeMaker(Recipe.official('ogbench/cube-single', 'play', seed=0, episodes=1, validation_episodes=0))\n"
+        "env = OGBenchEnv('ogbench/cube-single-task1', RenderSettings(32, 32))\n"
+        "env.reset(0)\n"
+        "assert env.render().std() > 0\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("MUJOCO_GL", "DISPLAY")}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_projection_of_a_point_straight_ahead_and_one_behind() -> None:
     camera = CameraView(np.array([0.0, 0.0, 2.0]), np.eye(3), fovy=90.0, width=200, height=100)
     pixels = camera.project([[0, 0, 0], [2, 0, 0], [0, 1, 0], [0, 0, 3]])

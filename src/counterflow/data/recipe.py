@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from counterflow.envs import families
+from counterflow.envs.rendering import prepare_backend
 from counterflow.errors import InvalidInputError, UnknownNameError
 from counterflow.random import check_seed, child_seed
 
@@ -188,6 +189,8 @@ class EpisodeMaker:
 
 def _make_simulator(recipe: Recipe) -> Any:
     """Return the family's environment as it is when data is collected: without a goal, a time limit or wrappers."""
+    prepare_backend()  # nothing is drawn here, but the same process may want to draw later, and mujoco asks only once
+
     import gymnasium
     import ogbench.manipspace  # noqa: F401  # registers the environments
 
