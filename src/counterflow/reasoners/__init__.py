@@ -14,6 +14,7 @@ from counterflow.reasoners.direction import (
     View,
     to_reference,
 )
+from counterflow.reasoners.expert import Expert, OracleExpert, oracle_expert
 from counterflow.reasoners.puzzle import PuzzleReasoner, solve_lights_out
 from counterflow.reasoners.scene import SceneReasoner
 from counterflow.reasoners.unreliable import UnreliableReasoner
@@ -46,11 +47,14 @@ __all__ = [
     "Convention",
     "CubeReasoner",
     "Direction",
+    "Expert",
+    "OracleExpert",
     "PuzzleReasoner",
     "Reasoner",
     "SceneReasoner",
     "UnreliableReasoner",
     "View",
+    "oracle_expert",
     "scripted_reasoner",
     "solve_lights_out",
     "to_reference",
