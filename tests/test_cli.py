@@ -12,7 +12,20 @@ import pytest
 from counterflow.cli import main
 
 TASK = "ogbench/cube-single-task4"
-COMMANDS = ("collect", "train", "eval", "compare", "film", "analyse", "demo")
+COMMANDS = (
+    "collect",
+    "demonstrate",
+    "train",
+    "eval",
+    "record",
+    "invert",
+    "dataset",
+    "distill",
+    "compare",
+    "film",
+    "analyse",
+    "demo",
+)
 FIELDS = {"env", "steer", "episodes", "successes", "success_rate", "ci95", "seconds"}
 
 
@@ -33,9 +46,7 @@ def evaluation(path: Path, *arguments: str) -> dict[str, object]:
 
 
 class TestHelp:
-    @pytest.mark.parametrize(
-        "command", [[], *([name] for name in ("collect", "train", "eval", "compare", "film", "analyse", "demo"))]
-    )
+    @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
     def test_every_command_explains_itself(self, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as ended:
             main([*command, "--help"])

@@ -13,6 +13,8 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
+from counterflow import cli_dataset
+from counterflow.cli_demonstrate import Demonstrate
 from counterflow.errors import CounterflowError, InvalidInputError
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from counterflow.steering import MethodSettings
 
 SteerName = Literal["base", "direct", "frs", "partial", "rank"]
+LearnedName = Literal["dsbc", "bc"]
 
 DESCRIPTION = """Steer frozen flow-matching robot policies without touching their weights.
 
@@ -128,9 +131,9 @@ class Eval:
 
     env: tyro.conf.Positional[str]
     """The task, for example ogbench/cube-single-task1."""
-    steer: SteerName = "frs"
+    steer: SteerName | LearnedName = "frs"
     """base: the policy alone; direct: the reference itself; frs: flow reversal steering; partial: partial noising; rank:
-    sample-and-rank."""
+    sample-and-rank; dsbc, bc: what 'counterflow distill' learned, see --noise-policy."""
     episodes: int = 50
     """How many episodes."""
     seed: int = 0
@@ -139,6 +142,8 @@ class Eval:
     """Where to write the result."""
     policy: str | None = None
     """A checkpoint or run folder; default: the shipped prior of the task's family."""
+    noise_policy: Path | None = None
+    """What 'counterflow distill' wrote, for --steer dsbc (or bc)."""
     num_envs: int | None = None
     """Environments stepped side by side; the result does not depend on it."""
     device: str = "cpu"
@@ -151,8 +156,12 @@ class Eval:
         from counterflow.experiments.evaluate import evaluate, load_prior, open_env
         from counterflow.experiments.progress import progress_bar
         from counterflow.files import write_json
+        from counterflow.steering import ChunkRegressor
 
         prior = load_prior(self.env, self.policy, self.device)
+        learned = None if self.noise_policy is None else ChunkRegressor.load(self.noise_policy, self.device)
+        if learned is not None and self.steer not in ("dsbc", "bc"):
+            raise InvalidInputError(f"--noise-policy is of no use to --steer {self.steer}; did you mean --steer dsbc?")
         with (
             open_env(self.env, self.episodes, num_envs=self.num_envs) as env,
             progress_bar(console, f"{self.env} {self.steer}", self.episodes, "episodes") as update,
@@ -165,12 +174,131 @@ class Eval:
                 self.seed,
                 settings=self.steering.settings(),
                 reasoner=self.reasoning.settings(),
+                learned=learned,
                 on_episode=_Count(update),
             )
         _say(console, result)
         if self.json is not None:
             write_json(self.json, result.to_json())
             console.print(f"  {self.json}")
+
+
+@dataclass(frozen=True)
+class Record:
+    """Record steered rollouts until enough of them succeeded, as data for 'counterflow distill'. Run it again to go on."""
+
+    env: tyro.conf.Positional[str]
+    """The task, for example ogbench/cube-single-task4."""
+    out: Path
+    """The dataset's folder; made, or added to."""
+    steer: SteerName = "frs"
+    """How the policy is steered, as in 'counterflow eval'."""
+    successes: int = 18
+    """How many successful episodes there should be; failed ones are kept, too, and left out when distilling."""
+    seed: int = 0
+    """What every episode descends from."""
+    max_episodes: int | None = None
+    """After how many episodes to give up; default: ten times as many as successes, and twenty more."""
+    every_step: bool = True
+    """Also find the noise of what was executed from every step on: several times as many examples."""
+    policy: str | None = None
+    """A checkpoint or run folder; default: the shipped prior of the task's family."""
+    num_envs: int | None = None
+    """Environments stepped side by side; what is recorded does not depend on it."""
+    device: str = "cpu"
+    """Where the policy computes."""
+    steering: Annotated[Steering, tyro.conf.arg(name="")] = field(default_factory=Steering)
+    reasoning: Annotated[Reasoning, tyro.conf.arg(name="")] = field(default_factory=Reasoning)
+
+    def run(self, console: Console) -> None:
+        """Record, with progress."""
+        from counterflow.experiments.progress import progress_bar
+        from counterflow.experiments.record import record
+
+        with progress_bar(console, f"recording {self.env} {self.steer}", self.successes, "successes") as update:
+            episodes = 0
+
+            def show(_: Episode, successes: int) -> None:
+                nonlocal episodes
+                episodes += 1
+                update(min(successes, self.successes), f"{episodes} episodes now")
+
+            recorded = record(
+                self.env,
+                self.steer,
+                self.out,
+                successes=self.successes,
+                seed=self.seed,
+                settings=self.steering.settings(),
+                reasoner=self.reasoning.settings(),
+                policy=self.policy,
+                num_envs=self.num_envs,
+                max_episodes=self.max_episodes,
+                every_step=self.every_step,
+                device=self.device,
+                on_episode=show,
+            )
+        console.print(
+            f"{recorded.successes} of {recorded.episodes} episodes succeeded ({recorded.made} made now):\n  {recorded.path}\n"
+            f"next: counterflow distill {recorded.path} --env {self.env} --out noise-policy"
+        )
+
+
+@dataclass(frozen=True)
+class Invert:
+    """Find the noise of every chunk of a dataset, so that demonstrations can be distilled, too."""
+
+    data: tyro.conf.Positional[Path]
+    """A dataset (.npz) in OGBench's layout, or a folder of 'counterflow record'."""
+    env: str
+    """The environment, or family, that the data are from, for example ogbench/cube-single."""
+    out: Path
+    """Where to write the dataset with its noises (.npz); its description goes beside it (.json)."""
+    steps: int = 5
+    """K, the denoising steps with which the noises will be used."""
+    method: Literal["exact", "euler"] = "exact"
+    """exact: invert the discrete Euler map; euler: Euler reversal, which misses more."""
+    refine: int = 0
+    """Adam updates for the chunks that are beyond the tolerance; 0: none."""
+    tolerance: float = 0.01
+    """Largest reconstruction error, normalised units, of a chunk that may be learned from."""
+    policy: str | None = None
+    """A checkpoint or run folder; default: the shipped prior of the environment's family."""
+    device: str = "cpu"
+    """Where to compute."""
+
+    def run(self, console: Console) -> None:
+        """Invert, with progress."""
+        from counterflow.experiments.inversion import InversionSettings, invert_dataset
+        from counterflow.experiments.progress import progress_bar
+
+        settings = InversionSettings(self.steps, self.method, self.refine, tolerance=self.tolerance)
+        with progress_bar(console, f"inverting {self.data.name}", 1, "chunks") as update:
+            found = invert_dataset(
+                self.data,
+                self.env,
+                self.out,
+                settings,
+                policy=self.policy,
+                device=self.device,
+                on_progress=lambda done, total: update(done, "", total),
+            )
+        errors = ", ".join(f"{share} {error:.1e}" for share, error in found.errors.items())
+        console.print(
+            f"{found.chunks:,} chunks, {found.flagged:,} of them beyond the tolerance of {self.tolerance:g} and flagged\n"
+            f"reconstruction error, largest entry of a chunk, by quantile: {errors}\n"
+            f"noise, root mean square: {found.noise_norm:.2f} (1 is the prior's own)\n  {found.path}"
+        )
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Look at steering datasets, merge them, keep a part, mend a damaged one: see 'counterflow dataset --help'."""
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Distil recorded successes or inverted demonstrations into a noise policy: see 'counterflow distill --help'."""
 
 
 @dataclass(frozen=True)
@@ -351,8 +479,13 @@ class Demo:
 
 Command = (
     Annotated[Collect, tyro.conf.subcommand("collect")]
+    | Annotated[Demonstrate, tyro.conf.subcommand("demonstrate")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Record, tyro.conf.subcommand("record")]
+    | Annotated[Invert, tyro.conf.subcommand("invert")]
+    | Annotated[Dataset, tyro.conf.subcommand("dataset")]
+    | Annotated[Distill, tyro.conf.subcommand("distill")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Film, tyro.conf.subcommand("film")]
     | Annotated[Analyse, tyro.conf.subcommand("analyse")]
@@ -360,21 +493,31 @@ Command = (
 )
 
 
+def parse(arguments: Sequence[str]) -> Any:
+    """Return the command that is meant; it has a method `run(console)`."""
+    group, rest = arguments[:1], arguments[1:]
+    if group in (["train"], ["distill"]):
+        # Their settings need torch, which the other commands' parsing, and simulators' worker processes, can do without.
+        from counterflow import cli_train
+
+        if group == ["distill"]:
+            return tyro.cli(cli_train.Distill, prog="counterflow distill", args=rest)
+        kind: Any = cli_train.TrainCommand
+        return tyro.cli(kind, prog="counterflow train", description=cli_train.__doc__, args=rest)
+    if group == ["dataset"]:
+        kind = cli_dataset.DatasetCommand
+        return tyro.cli(kind, prog="counterflow dataset", description=cli_dataset.__doc__, args=rest)
+    kind = Command
+    return tyro.cli(kind, prog="counterflow", description=DESCRIPTION, args=arguments)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     console = Console()
     try:
-        command: Any
-        if arguments[:1] == ["train"]:
-            # Its settings need torch, which the other commands' parsing, and simulators' worker processes, can do without.
-            from counterflow import cli_train
-
-            command = tyro.cli(
-                cli_train.TrainCommand, prog="counterflow train", description=cli_train.__doc__, args=arguments[1:]
-            )
-        else:
-            command = tyro.cli(Command, prog="counterflow", description=DESCRIPTION, args=arguments)
+        command = parse(arguments)
+        if arguments[:1] not in (["train"], ["distill"]):
             # Before torch is imported. Priors are small, and a pool of threads that spins while it waits for them takes the
             # cores from the simulators: with others at work beside it, an evaluation took ten times as long.
             os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -9,9 +9,12 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from counterflow.experiments.distill import Windows, distill
 from counterflow.experiments.progress import progress_bar
 from counterflow.experiments.train import Progress, read_bc_settings, train_bc
-from counterflow.learning import BCConfig
+from counterflow.learning import BCConfig, DSBCConfig
+from counterflow.learning.dsbc import Progress as DistillationProgress
+from counterflow.policies.described import weights_path
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,54 @@ class TrainResume:
         """Train, with progress."""
         data, env, seed, config = read_bc_settings(self.run_folder)
         _train(console, data, env, self.out or self.run_folder, config, seed, self.device)
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Distil recorded successes, or inverted demonstrations, into a small noise policy (DSBC)."""
+
+    data: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of 'counterflow record', or archives of 'counterflow invert'."""
+    out: Path
+    """Where to write the noise policy (.safetensors, and .json beside it)."""
+    env: str | None = None
+    """Of recorded data, use this task's episodes alone; default: all."""
+    first: int | None = None
+    """Use the first so many successful episodes (of every task); default: all."""
+    windows: Windows = "auto"
+    """Of recorded data: the chunks that were decided on (decisions), or what was executed from every step on (steps)."""
+    seed: int = 0
+    """What weights, held-out episodes and draws descend from."""
+    device: str = "cpu"
+    """Where to train."""
+    config: Annotated[DSBCConfig, tyro.conf.arg(name="")] = field(default_factory=DSBCConfig)
+    """Settings of the learning; --regressor.target action gives the baseline BC."""
+
+    def run(self, console: Console) -> None:
+        """Distil, with progress."""
+        with progress_bar(console, "distilling", self.config.steps, "updates") as update:
+
+            def show(progress: DistillationProgress) -> None:
+                update(progress.step, f"loss {progress.loss:.3f}, held-out {progress.held_out_loss:.3f}")
+
+            regressor = distill(
+                self.data,
+                self.out,
+                self.config,
+                env=self.env,
+                first=self.first,
+                windows=self.windows,
+                seed=self.seed,
+                device=self.device,
+                on_progress=show,
+            )
+        made = regressor.provenance
+        steer = "dsbc" if self.config.regressor.target == "noise" else "bc"
+        console.print(
+            f"{made['examples']:,} examples of {made['episodes']} episodes, {made['updates']} updates\n"
+            f"  {weights_path(self.out)}\n"
+            f"next: counterflow eval {self.env or 'TASK'} --steer {steer} --noise-policy {weights_path(self.out)}"
+        )
 
 
 TrainCommand = Annotated[TrainBC, tyro.conf.subcommand("bc")] | Annotated[TrainResume, tyro.conf.subcommand("resume")]

@@ -148,6 +148,7 @@ class Batch:
         truncated: (N,) the episode ran out of time.
         privileged: by name, each (N, k) float64.
         frames: for each environment, the images drawn after each executed action (empty unless asked for).
+        paths: for each environment, (steps, O) float32, the observation after each executed action.
     """
 
     observation: npt.NDArray[np.float32]
@@ -158,6 +159,7 @@ class Batch:
     truncated: BoolArray
     privileged: Privileged
     frames: list[list[Image]] = field(default_factory=list)
+    paths: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
     @property
     def done(self) -> BoolArray:

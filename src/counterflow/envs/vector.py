@@ -36,6 +36,7 @@ class _Result:
     rewards: list[float]
     success: bool
     frames: list[Image]
+    path: list[npt.NDArray[np.float32]]
 
 
 class _Host:
@@ -54,7 +55,7 @@ class _Host:
         return self._envs[row].render()
 
     def reset(self, seeds: dict[int, int]) -> dict[int, _Result]:
-        return {row: _Result(self._envs[row].reset(seed), [], False, []) for row, seed in seeds.items()}
+        return {row: _Result(self._envs[row].reset(seed), [], False, [], []) for row, seed in seeds.items()}
 
     def execute(self, chunks: dict[int, npt.NDArray[np.floating]], record: frozenset[int]) -> dict[int, _Result]:
         return {row: self._execute_one(self._envs[row], chunk, row in record) for row, chunk in chunks.items()}
@@ -63,16 +64,18 @@ class _Host:
     def _execute_one(env: TaskEnv, chunk: npt.NDArray[np.floating], record: bool) -> _Result:
         rewards: list[float] = []
         frames: list[Image] = []
+        path: list[npt.NDArray[np.float32]] = []
         success = False
         for action in chunk:
             moment = env.step(action)
             rewards.append(moment.reward)
+            path.append(moment.observation)
             success = success or moment.success
             if record:
                 frames.append(env.render())
             if moment.terminated or moment.truncated:
                 break
-        return _Result(moment, rewards, success, frames)
+        return _Result(moment, rewards, success, frames, path)
 
     def close(self) -> None:
         for env in self._envs:
@@ -321,6 +324,7 @@ class VectorEnv:
             steps[row] = len(ordered[row].rewards)
             rewards[row, : steps[row]] = ordered[row].rewards
         moments = [result.moment for result in ordered]
+        nothing = np.zeros((0, self.spec.observation_dim), np.float32)
         return Batch(
             observation=np.stack([moment.observation for moment in moments]),
             rewards=rewards,
@@ -332,4 +336,7 @@ class VectorEnv:
                 name: np.stack([moment.privileged[name] for moment in moments]) for name in moments[0].privileged
             },
             frames=[result.frames if row in fresh else [] for row, result in enumerate(ordered)],
+            paths=[
+                np.stack(result.path) if row in fresh and result.path else nothing for row, result in enumerate(ordered)
+            ],
         )

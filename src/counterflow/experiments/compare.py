@@ -25,7 +25,7 @@ from counterflow.experiments.evaluate import (
 from counterflow.experiments.rollout import Episode
 from counterflow.experiments.statistics import MeanRate, SuccessRate
 from counterflow.files import write_json
-from counterflow.steering import MethodSettings
+from counterflow.steering import ChunkRegressor, MethodSettings
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,17 @@ class Contender:
 
     Attributes:
         label: for example "FRS, K = 5".
-        method: "base", "direct", "frs", "partial" or "rank".
+        method: "base", "direct", "frs", "partial" or "rank"; with `learned`, "dsbc" or "bc".
         settings: the method's.
         reasoner: who gives the references.
+        learned: the file of what was learned.
     """
 
     label: str
     method: str
     settings: MethodSettings = field(default_factory=MethodSettings)
     reasoner: ReasonerSettings = field(default_factory=ReasonerSettings)
+    learned: str | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,13 @@ def compare(
         env = None
         try:
             for contender in contenders:
-                settings = {"method": asdict(contender.settings), "reasoner": asdict(contender.reasoner)}
+                learned = None if contender.learned is None else ChunkRegressor.load(contender.learned)
+                settings: dict[str, Any] = {
+                    "method": asdict(contender.settings),
+                    "reasoner": asdict(contender.reasoner),
+                }
+                if learned is not None:
+                    settings["learned"] = learned.fingerprint
                 wanted = {
                     "label": contender.label,
                     "env": task,
@@ -143,7 +151,7 @@ def compare(
                     if on_start is not None:
                         on_start(task, contender)
                     env = open_env(task, episodes) if env is None else env
-                    result = {**wanted, **_run(env, prior, contender, episodes, seed, on_episode).to_json()}
+                    result = {**wanted, **_run(env, prior, contender, learned, episodes, seed, on_episode).to_json()}
                     results.append(result)
                     if path is not None:
                         write_json(path, {"machine": machine(), "results": results})
@@ -209,7 +217,13 @@ def _cell(rate: SuccessRate | MeanRate, best: float) -> str:
 
 
 def _run(
-    env: Any, prior: Any, contender: Contender, episodes: int, seed: int, on_episode: Callable[[Episode], None] | None
+    env: Any,
+    prior: Any,
+    contender: Contender,
+    learned: ChunkRegressor | None,
+    episodes: int,
+    seed: int,
+    on_episode: Callable[[Episode], None] | None,
 ) -> Evaluation:
     return evaluate(
         env,
@@ -219,6 +233,7 @@ def _run(
         seed,
         settings=contender.settings,
         reasoner=contender.reasoner,
+        learned=learned,
         on_episode=on_episode,
     )
 

@@ -20,9 +20,11 @@ from counterflow.experiments.statistics import SuccessRate
 from counterflow.policies import BasePolicy, load
 from counterflow.random import check_seed, child_seed
 from counterflow.reasoners import CONVENTIONS, Convention, Reasoner, UnreliableReasoner, scripted_reasoner
-from counterflow.steering import MethodSettings, steer
+from counterflow.steering import ChunkRegressor, MethodSettings, SteeredPolicy, steer, steer_learned
 
 MAX_EPISODES = 100_000
+LEARNED = {"dsbc": "noise", "bc": "action"}
+"""Methods that are driven by a learned chunk, and what it was trained on."""
 SHIPPED_PRIORS = {
     "ogbench/cube-single": "cube-single",
     "ogbench/scene": "scene",
@@ -169,6 +171,7 @@ def evaluate(
     *,
     settings: MethodSettings | None = None,
     reasoner: ReasonerSettings | None = None,
+    learned: ChunkRegressor | None = None,
     on_episode: Callable[[Episode], None] | None = None,
 ) -> Evaluation:
     """Run `episodes` episodes of one method on one task.
@@ -178,28 +181,31 @@ def evaluate(
     Args:
         env: the task, vectorised; it stays open.
         policy: the frozen base policy.
-        method: "base", "direct", "frs", "partial" or "rank".
+        method: "base", "direct", "frs", "partial" or "rank"; or, with `learned`, "dsbc" or "bc".
         episodes: how many.
         seed: what they descend from.
         settings: of the method.
-        reasoner: who gives references.
+        reasoner: who gives references; nobody does for "base", "dsbc" and "bc".
+        learned: the noise policy of "dsbc", or the action policy of "bc".
         on_episode: called as each episode finishes.
 
     Raises:
-        MismatchError: policy and environment don't fit.
-        InvalidInputError: a number is out of range.
+        MismatchError: policy, environment and what was learned don't fit.
+        InvalidInputError: a number is out of range, or nothing was given for a method that needs something learned.
     """
     check_episodes(episodes)
     settings = MethodSettings() if settings is None else settings
     reasoner = ReasonerSettings() if reasoner is None else reasoner
-    steered = steer(policy, method, settings)
+    steered = _learned(policy, method, settings, learned) if method in LEARNED else steer(policy, method, settings)
+    make_reasoner = None if method == "base" or method in LEARNED else reasoner.maker(env.spec.name)
+    own = own_settings(method, settings) | ({} if learned is None else {"learned": learned.fingerprint})
     seeds = [child_seed(check_seed(seed), "episode", index) for index in range(episodes)]
     began = time.perf_counter()
     finished = run_episodes(
         steered,
         env,
         seeds,
-        None if method == "base" else reasoner.maker(env.spec.name),
+        make_reasoner,
         convention=reasoner.writing(),
         on_episode=on_episode,
     )
@@ -212,7 +218,7 @@ def evaluate(
     return Evaluation(
         env=env.spec.name,
         steer=method,
-        settings={**_own_settings(method, settings), **({} if method == "base" else asdict(reasoner))},
+        settings={**own, **({} if make_reasoner is None else asdict(reasoner))},
         policy=policy_name(policy),
         seed=seed,
         rate=SuccessRate(sum(episode.success for episode in finished), episodes),
@@ -227,7 +233,23 @@ def evaluate(
     )
 
 
-def _own_settings(method: str, settings: MethodSettings) -> dict[str, Any]:
+def _learned(
+    policy: BasePolicy, method: str, settings: MethodSettings, learned: ChunkRegressor | None
+) -> SteeredPolicy:
+    if learned is None:
+        raise InvalidInputError(
+            f"{method!r} needs a policy that was learned, and none was given. Make one: 'counterflow record', then 'counterflow "
+            "distill', and pass it with --noise-policy."
+        )
+    if learned.config.target != LEARNED[method]:
+        raise MismatchError(
+            f"{method!r} needs a policy trained on {LEARNED[method]}s; this one was trained on {learned.config.target}s. Use "
+            f"{next(name for name, target in LEARNED.items() if target == learned.config.target)!r}."
+        )
+    return steer_learned(policy, learned, settings.perturbation)
+
+
+def own_settings(method: str, settings: MethodSettings) -> dict[str, Any]:
     """Return the settings that `method` reads."""
     own: dict[str, Any] = {
         "base": {"steps": settings.steps},
@@ -235,6 +257,8 @@ def _own_settings(method: str, settings: MethodSettings) -> dict[str, Any]:
         "frs": {"reversal_steps": settings.reversal_steps, "perturbation": settings.perturbation},
         "partial": {"steps": settings.steps, "tau": settings.tau},
         "rank": {"steps": settings.steps, "candidates": settings.candidates, "distance": settings.distance},
+        "dsbc": {"perturbation": settings.perturbation},
+        "bc": {},
     }
     return dict(own[method])
 

@@ -21,7 +21,7 @@ class RateColumn(ProgressColumn):
 
 
 @contextmanager
-def progress_bar(console: Console, description: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
+def progress_bar(console: Console, description: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
     """Show a bar while the block runs.
 
     Args:
@@ -31,7 +31,7 @@ def progress_bar(console: Console, description: str, total: int, unit: str) -> I
         unit: of what, in the plural.
 
     Yields:
-        A function to call as `update(done, note)`.
+        A function to call as `update(done, note)`, or `update(done, note, total)` where the total was only a guess.
     """
     columns = (
         TextColumn("[progress.description]{task.description}"),
@@ -44,7 +44,7 @@ def progress_bar(console: Console, description: str, total: int, unit: str) -> I
     with Progress(*columns, console=console, transient=not console.is_terminal) as progress:
         task = progress.add_task(description, total=total, unit=unit, note="")
 
-        def update(done: int, note: str = "") -> None:
-            progress.update(task, completed=done, note=note)
+        def update(done: int, note: str = "", total: int | None = None) -> None:
+            progress.update(task, completed=done, note=note, total=total)
 
         yield update

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from counterflow.envs import Batch, EnvSpec, VectorEnv
 from counterflow.envs.types import Image
@@ -22,6 +24,39 @@ from counterflow.reasoners import OGBENCH, Convention, Direction, Reasoner, to_r
 from counterflow.steering import Plan, SteeredPolicy
 
 MakeReasoner = Callable[[], Reasoner]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One decision of a recorded episode, and what came of it.
+
+    Attributes:
+        observation: (O,) what the policy saw.
+        features: (F,) what it made of that, where it offers features; else None.
+        reference: (H, A) the reference, normalised; zero where nobody spoke.
+        active: whether somebody spoke.
+        steered: (H, A) bool, the entries that the reference speaks for.
+        noise: (H, A) where the flow started.
+        start_time: the time at which it started.
+        chunk: (H, A) normalised, what was to be executed.
+        intervened: whether an expert acted, and not the policy.
+        step_observations: (T, O) before each of the T executed actions.
+        step_actions: (T, A) the executed actions, environment units.
+        rewards: (T,).
+    """
+
+    observation: npt.NDArray[np.float32]
+    features: npt.NDArray[np.float32] | None
+    reference: npt.NDArray[np.float32]
+    active: bool
+    steered: npt.NDArray[np.bool_]
+    noise: npt.NDArray[np.float32]
+    start_time: float
+    chunk: npt.NDArray[np.float32]
+    intervened: bool
+    step_observations: npt.NDArray[np.float32]
+    step_actions: npt.NDArray[np.float32]
+    rewards: npt.NDArray[np.float32]
 
 
 @dataclass
@@ -43,6 +78,7 @@ class Episode:
         directions: what the reasoner said at each chunk, where it was filmed.
         moments: where the gripper was at each chunk, (3,) metres, where it was filmed.
         chunk_steps: how many actions of each chunk were executed.
+        decisions: every decision, where it was recorded.
     """
 
     seed: int
@@ -59,6 +95,7 @@ class Episode:
     directions: list[Direction] = field(default_factory=list)
     moments: list[npt.NDArray[np.float64]] = field(default_factory=list)
     chunk_steps: list[int] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
 
 
 class _Averages:
@@ -99,6 +136,7 @@ def run_episodes(
     *,
     convention: Convention = OGBENCH,
     film: bool = False,
+    record: bool = False,
     max_chunks: int | None = None,
     on_episode: Callable[[Episode], None] | None = None,
 ) -> list[Episode]:
@@ -111,6 +149,7 @@ def run_episodes(
         make_reasoner: makes the reasoner of a row; None: nobody gives references.
         convention: how directions are written into references.
         film: keep a frame of every step (the environment must be able to render).
+        record: keep every decision.
         max_chunks: end every episode after this many chunks, if it isn't over before; None: let it come to its end.
         on_episode: called with each episode as it finishes.
 
@@ -156,9 +195,15 @@ def run_episodes(
             reference = to_reference(directions, spec, convention)
         if film:
             _film_before(episodes, playing, env, batch, directions)
-        plan = policy.act(torch.from_numpy(batch.observation), reference, noise)
+        before = batch.observation
+        plan = policy.act(torch.from_numpy(before), reference, noise)
         actions = plan.actions.cpu().numpy()
         batch = env.execute(actions, rows=active, record=active if film else ())
+        if record:
+            features = policy_features(policy, before)
+            for row in active:
+                path = np.concatenate([before[row][None], batch.paths[row][:-1]])
+                episodes[playing[row]].decisions.append(decision_of(plan, batch, row, path, features))
         fresh = {}
         for row in active:
             index = playing[row]
@@ -173,6 +218,60 @@ def run_episodes(
         if fresh:
             batch = env.reset(fresh)
     return episodes
+
+
+def policy_features(policy: SteeredPolicy, observations: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | None:
+    """Return the frozen policy's features (N, F) of observations (N, O), or None if it offers none."""
+    inner: Any = policy
+    while isinstance(inner, SteeredPolicy):
+        inner = inner.base
+    if not hasattr(inner, "features"):
+        return None
+    with torch.no_grad():
+        features: Tensor = inner.features(inner.encode(torch.from_numpy(observations)))
+    return features.float().cpu().numpy()
+
+
+def decision_of(
+    plan: Plan,
+    batch: Batch,
+    row: int,
+    path: npt.NDArray[np.float32],
+    features: npt.NDArray[np.float32] | None,
+) -> Decision:
+    """Return one row's decision.
+
+    Args:
+        plan: what was decided.
+        batch: what came of it.
+        row: the row.
+        path: (T, O) the observations before each executed action.
+        features: (N, F) of all rows, or None.
+    """
+    steps = int(batch.steps[row])
+    chunk = plan.chunk[row]
+    reference, active, steered = torch.zeros_like(chunk), False, torch.zeros_like(chunk, dtype=torch.bool)
+    if plan.reference is not None and bool(plan.reference.active[row]):
+        reference, active, steered = plan.reference.chunk[row], True, plan.reference.steered[row]
+    return Decision(
+        observation=path[0],
+        features=None if features is None else features[row],
+        reference=_array(reference),
+        active=active,
+        steered=steered.cpu().numpy(),
+        noise=_array(plan.noise[row]),
+        start_time=float(plan.start_time[row]),
+        chunk=_array(chunk),
+        intervened=False,
+        step_observations=path,
+        step_actions=_array(plan.actions[row, :steps]),
+        rewards=batch.rewards[row, :steps].astype(np.float32),
+    )
+
+
+def _array(tensor: Tensor) -> npt.NDArray[np.float32]:
+    array: npt.NDArray[np.float32] = tensor.float().cpu().numpy()
+    return array
 
 
 def _account(episode: Episode, averages: _Averages, plan: Plan, batch: Batch, row: int) -> None:

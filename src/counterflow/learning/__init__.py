@@ -1,5 +1,6 @@
 """Learning: one file per algorithm."""
 
 from counterflow.learning.bc import BCConfig, BCLearner
+from counterflow.learning.dsbc import DSBCConfig, DSBCLearner, NoiseExamples, distil
 
-__all__ = ["BCConfig", "BCLearner"]
+__all__ = ["BCConfig", "BCLearner", "DSBCConfig", "DSBCLearner", "NoiseExamples", "distil"]

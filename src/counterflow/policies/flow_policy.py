@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from counterflow.errors import InvalidInputError, MismatchError, UnknownNameError
 from counterflow.flow.field import inspectable
 from counterflow.policies.base import ActionSpec
+from counterflow.policies.described import fingerprint
 from counterflow.policies.networks import MLPNetwork, TransformerNetwork
 from counterflow.policies.normalisation import Normaliser
 
@@ -114,6 +113,10 @@ class FlowPolicy(nn.Module):
         normalised = self.observation_normaliser.normalise(given.to(self.device, torch.float32))
         return normalised.clamp(-LARGEST_OBSERVATION, LARGEST_OBSERVATION)
 
+    def features(self, context: Tensor) -> Tensor:
+        """Return what small networks may learn from (B, F): here the normalised observations themselves."""
+        return context
+
     def velocity(self, context: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """Return the velocity (B, H, A) at state x (B, H, A) and time t (B,), for encoded observations (B, O)."""
         velocity: Tensor = self.network(context, x, t)
@@ -148,15 +151,6 @@ class FlowPolicy(nn.Module):
     def fingerprint(self) -> str:
         """A short name for exactly this policy: whatever depends on it (noises, critics) can refuse another."""
         return fingerprint(self.description(), self.tensors())
-
-
-def fingerprint(description: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """Return 16 hexadecimal digits that depend on every number and every setting."""
-    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(f"{name}{tuple(tensors[name].shape)}{tensors[name].dtype}".encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _normaliser_tensors(name: str, normaliser: Normaliser) -> dict[str, Tensor]:

@@ -3,18 +3,30 @@
 from counterflow.steering.context import Reference, SteeringContext
 from counterflow.steering.edit import Chain, Edit, ExecuteReference, Limits, NearestToReference
 from counterflow.steering.guidance import FollowReference, Guidance, Together
+from counterflow.steering.learned import (
+    ChunkRegressor,
+    ExecuteLearned,
+    LearnedNoise,
+    RegressorConfig,
+    binding_of,
+    features_of,
+    steer_learned,
+)
 from counterflow.steering.methods import MethodName, MethodSettings, steer
 from counterflow.steering.start import FlowReversal, Gaussian, PartialNoising, Rng, Start
 from counterflow.steering.steered import Plan, SteeredPolicy
 
 __all__ = [
     "Chain",
+    "ChunkRegressor",
     "Edit",
+    "ExecuteLearned",
     "ExecuteReference",
     "FlowReversal",
     "FollowReference",
     "Gaussian",
     "Guidance",
+    "LearnedNoise",
     "Limits",
     "MethodName",
     "MethodSettings",
@@ -22,10 +34,14 @@ __all__ = [
     "PartialNoising",
     "Plan",
     "Reference",
+    "RegressorConfig",
     "Rng",
     "Start",
     "SteeredPolicy",
     "SteeringContext",
     "Together",
+    "binding_of",
+    "features_of",
     "steer",
+    "steer_learned",
 ]

@@ -87,11 +87,13 @@ class SteeringContext:
         features: the base policy's own context (`base.encode(observation)`).
         batch_size: B.
         reference: the coarse reference, or None when nobody gave one.
+        observation: what the policy was shown, for what was learned from observations; None where it isn't kept.
     """
 
     features: Any
     batch_size: int
     reference: Reference | None = None
+    observation: Any = None
 
     def repeat_interleave(self, copies: int) -> SteeringContext:
         """Repeat every row `copies` times, neighbours together (for several candidates an observation)."""
@@ -99,4 +101,5 @@ class SteeringContext:
             repeat_context(self.features, copies),
             self.batch_size * copies,
             None if self.reference is None else self.reference.repeat(copies),
+            None if self.observation is None else repeat_context(self.observation, copies),
         )

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from counterflow.errors import InvalidInputError
 from counterflow.flow import denoise
@@ -68,8 +69,9 @@ class _Counted:
         self._policy = policy
         self.action_spec = policy.action_spec
         self.evaluations = 0
-        if hasattr(policy, "device"):
-            self.device = policy.device
+        for optional in ("device", "features"):
+            if hasattr(policy, optional):
+                setattr(self, optional, getattr(policy, optional))
 
     def encode(self, observation: Any) -> Any:
         return self._policy.encode(observation)
@@ -134,8 +136,8 @@ class SteeredPolicy:
             device = self.device
             reference = Reference(reference.chunk.to(device), reference.active.to(device), reference.steered.to(device))
         if isinstance(self.base, SteeredPolicy):
-            return SteeringContext(self.base.encode(observation, reference), rows, reference)
-        return SteeringContext(self.base.encode(observation), rows, reference)
+            return SteeringContext(self.base.encode(observation, reference), rows, reference, _as_tensors(observation))
+        return SteeringContext(self.base.encode(observation), rows, reference, _as_tensors(observation))
 
     def velocity(self, context: SteeringContext, x: Tensor, t: Tensor) -> Tensor:
         """Return the guided velocity (B, H, A)."""
@@ -223,6 +225,11 @@ def check_steps(steps: int) -> int:
     if not (isinstance(steps, int) and 1 <= steps <= MAX_STEPS):
         raise InvalidInputError(f"denoising steps is {steps!r}; expected an integer from 1 to {MAX_STEPS}.")
     return steps
+
+
+def _as_tensors(observation: Any) -> Any:
+    """Return the observation with arrays as tensors, so that its rows can be repeated."""
+    return tree_map(lambda leaf: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf, observation)
 
 
 def _rows_of(observation: Tensor | npt.NDArray[Any] | dict[str, Any]) -> int:

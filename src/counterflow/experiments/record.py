@@ -1,0 +1,226 @@
+"""Recording steered rollouts until enough of them have succeeded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from counterflow.binding import Binding
+from counterflow.data import EpisodeDataset, SteeringDataset, SteeringEpisode
+from counterflow.errors import DatasetError, InvalidInputError
+from counterflow.experiments.evaluate import ReasonerSettings, load_prior, open_env, own_settings
+from counterflow.experiments.inversion import InversionSettings, add_noises, invert_chunks
+from counterflow.experiments.rollout import Decision, Episode, run_episodes
+from counterflow.policies import BasePolicy
+from counterflow.random import check_seed, child_seed
+from counterflow.steering import MethodSettings, binding_of, steer
+
+SMALLEST_WAVE = 8  # episodes; fewer would leave the environments idle
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a recording left.
+
+    Attributes:
+        path: the dataset's folder.
+        episodes: how many of this recording are there now.
+        successes: how many of them succeeded.
+        made: how many were made by this call.
+    """
+
+    path: Path
+    episodes: int
+    successes: int
+    made: int
+
+
+def record(
+    env: str,
+    method: str,
+    out: Path | str,
+    *,
+    successes: int = 18,
+    seed: int = 0,
+    settings: MethodSettings | None = None,
+    reasoner: ReasonerSettings | None = None,
+    policy: str | None = None,
+    num_envs: int | None = None,
+    max_episodes: int | None = None,
+    every_step: bool = True,
+    device: str = "cpu",
+    on_episode: Callable[[Episode, int], None] | None = None,
+) -> Recorded:
+    """Record steered rollouts, failed ones too, until `successes` have succeeded; go on where an earlier call stopped.
+
+    Which episodes are recorded depends on the arguments alone, not on the number of environments or on interruptions. Every
+    episode is on disk as soon as it is over. The noise that is kept with each chunk gives that chunk when it is denoised: for
+    "frs", "base" and "rank" it is the one that was used; for "direct" and "partial", whose chunks did not come from a noise
+    at t = 0, it is found by exact inversion.
+
+    Args:
+        env: the task.
+        method: "frs", "direct", "partial", "rank" or "base".
+        out: the dataset's folder; made, or added to.
+        successes: how many successful episodes there should be.
+        seed: what the episodes descend from; others than those of an evaluation with the same seed.
+        settings: of the method.
+        reasoner: who gives the references.
+        policy: the frozen policy; None: the shipped prior of the task's family.
+        num_envs: environments stepped side by side.
+        max_episodes: after how many episodes to give up; None: ten times as many as successes, and twenty more.
+        every_step: also find, by exact inversion, the noise of the actions that were executed from every step on: as many
+            more examples as a chunk has actions, for one inversion an episode.
+        device: where the policy computes.
+        on_episode: called with each finished episode and the number of successes so far.
+
+    Raises:
+        InvalidInputError: a number is out of range.
+        MismatchError: the folder holds noises of another policy, or policy and task don't fit.
+        DatasetError: too few episodes succeed; what was recorded is safe.
+        StorageError: an episode can't be written; those before are safe.
+    """
+    if successes < 1:
+        raise InvalidInputError(f"{successes} successes were asked for; expected 1 or more.")
+    most = 10 * successes + 20 if max_episodes is None else max_episodes
+    if most < successes:
+        raise InvalidInputError(f"max_episodes is {most}; expected at least as many as successes, {successes}.")
+    settings = MethodSettings() if settings is None else settings
+    reasoner = ReasonerSettings() if reasoner is None else reasoner
+    prior = load_prior(env, policy, device)
+    steered = steer(prior, method, settings)
+    has_noise = method in ("frs", "base", "rank")
+    binding = binding_of(prior, steered.steps if has_noise else settings.steps, steered.solver)
+    provenance = {
+        "recording": "steered rollouts",
+        "env": env,
+        "method": method,
+        "settings": own_settings(method, settings),
+        "reasoner": None if method == "base" else asdict(reasoner),
+        "every_step": every_step,
+        "seed": check_seed(seed),
+        "policy": binding.policy,
+    }
+    with SteeringDataset.create_or_open(out, binding) as dataset:
+        source = dataset.add_source(provenance)
+        already = {episode.index: episode.success for episode in dataset.episodes if episode.source == source}
+        made, tried = 0, 0
+        outcomes: dict[int, bool] = {}
+        vector = None
+        try:
+            while sum(outcomes.values()) < successes:
+                if tried >= most:
+                    raise DatasetError(
+                        f"after {tried} episodes of {env} only {sum(outcomes.values())} succeeded; {successes} were asked for. "
+                        f"What was recorded is safe in {out}. Ask for fewer, steer better, or raise max_episodes."
+                    )
+                # How many come next depends on what came of those before, and on nothing else.
+                wave = range(tried, min(most, tried + max(SMALLEST_WAVE, successes - sum(outcomes.values()))))
+                tried = wave.stop
+                outcomes.update({index: already[index] for index in wave if index in already})
+                missing = {child_seed(seed, "recording", index): index for index in wave if index not in already}
+                if not missing:
+                    continue
+
+                def keep(episode: Episode, missing: dict[int, int] = missing) -> None:
+                    nonlocal made
+                    index = missing[episode.seed]
+                    arrays = arrays_of(episode.decisions)
+                    if not has_noise:
+                        arrays |= _inverted(prior, arrays, binding)
+                    if every_step:
+                        arrays |= step_noises(prior, arrays, InversionSettings(steps=binding.steps))
+                    dataset.append(SteeringEpisode(env, episode.seed, index, episode.success, source, arrays))
+                    outcomes[index] = episode.success
+                    made += 1
+                    if on_episode is not None:
+                        on_episode(episode, sum(outcomes.values()))
+                    episode.decisions.clear()
+
+                vector = open_env(env, max(successes, SMALLEST_WAVE), num_envs=num_envs) if vector is None else vector
+                run_episodes(
+                    steered,
+                    vector,
+                    list(missing),
+                    None if method == "base" else reasoner.maker(env),
+                    convention=reasoner.writing(),
+                    record=True,
+                    on_episode=keep,
+                )
+        finally:
+            if vector is not None:
+                vector.close()
+    return Recorded(Path(out), len(outcomes), sum(outcomes.values()), made)
+
+
+def arrays_of(decisions: Sequence[Decision]) -> dict[str, npt.NDArray[Any]]:
+    """Return an episode's decisions as the arrays of a steering dataset."""
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "observations": np.stack([one.observation for one in decisions]),
+        "references": np.stack([one.reference for one in decisions]),
+        "active": np.array([one.active for one in decisions]),
+        "steered": np.stack([one.steered for one in decisions]),
+        "noise": np.stack([one.noise for one in decisions]),
+        "start_time": np.array([one.start_time for one in decisions], np.float32),
+        "chunks": np.stack([one.chunk for one in decisions]),
+        "executed": np.array([len(one.step_actions) for one in decisions], np.int64),
+        "intervened": np.array([one.intervened for one in decisions]),
+        "step_observations": np.concatenate([one.step_observations for one in decisions]),
+        "step_actions": np.concatenate([one.step_actions for one in decisions]),
+        "rewards": np.concatenate([one.rewards for one in decisions]),
+    }
+    features = [one.features for one in decisions if one.features is not None]
+    if len(features) == len(decisions):
+        arrays["features"] = np.stack(features)
+    return arrays
+
+
+def step_noises(
+    policy: BasePolicy, arrays: dict[str, npt.NDArray[Any]], settings: InversionSettings
+) -> dict[str, npt.NDArray[Any]]:
+    """Return the noise of the actions that were executed from each of an episode's T steps on.
+
+    Returns:
+        `step_noise` (T, H, A), `step_noise_valid` (T,) (False near the end, where fewer than H actions follow, and where no
+        noise gives them), `step_chunks` (T, H, A) normalised, and `step_features` (T, F) where the policy offers features.
+    """
+    observations, actions = arrays["step_observations"], arrays["step_actions"]
+    steps, spec = len(actions), policy.action_spec
+    found = {
+        "step_noise": np.zeros((steps, spec.horizon, spec.dim), np.float32),
+        "step_noise_valid": np.zeros(steps, bool),
+        "step_chunks": np.zeros((steps, spec.horizon, spec.dim), np.float32),
+    }
+    if steps >= spec.horizon:
+        noises, _ = add_noises(one_episode(observations, actions), policy, settings)
+        windows = np.lib.stride_tricks.sliding_window_view(noises["normalised_actions"], spec.horizon, axis=0)
+        found["step_chunks"][: len(windows)] = windows.transpose(0, 2, 1)
+        found |= {"step_noise": noises["noise"], "step_noise_valid": noises["noise_valid"]}
+    if hasattr(policy, "features"):
+        with torch.no_grad():
+            features: Tensor = policy.features(policy.encode(torch.from_numpy(observations)))
+        found["step_features"] = features.float().cpu().numpy()
+    return found
+
+
+def one_episode(observations: npt.NDArray[Any], actions: npt.NDArray[Any]) -> EpisodeDataset:
+    """Return a dataset of a single episode of observations (T, ...) and actions (T, A)."""
+    arrays = {"observations": observations, "actions": actions}
+    return EpisodeDataset(arrays, np.zeros(1, np.int64), np.array([len(actions)], np.int64))
+
+
+def _inverted(policy: BasePolicy, arrays: dict[str, npt.NDArray[Any]], binding: Binding) -> dict[str, npt.NDArray[Any]]:
+    noise, _ = invert_chunks(
+        policy,
+        torch.from_numpy(arrays["observations"]),
+        torch.from_numpy(arrays["chunks"]),
+        InversionSettings(steps=binding.steps),
+    )
+    return {"noise": noise.cpu().numpy(), "start_time": np.zeros_like(arrays["start_time"])}

@@ -1,0 +1,337 @@
+"""DSBC: distil steering into a small noise policy (arXiv 2606.13675, section on distillation).
+
+Successful steered rollouts, or demonstrations whose chunks were inverted, give pairs of what the frozen policy saw and the
+noise from which its flow reached the executed chunk. A small network regresses the noise:
+
+    L = E || f(s + e) - w ||^2,   e ~ N(0, sigma^2 I) on the normalised inputs
+
+and at test time the frozen policy denoises what it says. The prior is not needed while training. The same recipe on the
+executed chunk, L = E || f(s + e) - a ||^2, is the baseline BC.
+
+A few hundred samples are few: what keeps the network from learning them by heart are noise on its inputs, dropout, weight
+decay, an ensemble whose members each hold out other episodes, and stopping each member where its held-out loss was lowest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from counterflow.binding import Binding
+from counterflow.errors import DatasetError, InvalidInputError
+from counterflow.policies import Normaliser
+from counterflow.policies.ensemble import EnsembleMLP
+from counterflow.random import check_seed, child_seed, generator
+from counterflow.steering.learned import ChunkRegressor, RegressorConfig
+
+
+@dataclass(frozen=True)
+class DSBCConfig:
+    """Settings of the distillation.
+
+    Attributes:
+        regressor: the network, what it looks at and what it predicts.
+        steps: updates at most.
+        batch_size: examples in a member's batch.
+        learning_rate: of AdamW.
+        weight_decay: AdamW's.
+        dropout: share of hidden neurons left out.
+        input_noise: standard deviation of the noise on the normalised inputs.
+        held_out: share of the episodes that each member holds out for early stopping, at least one where there are two
+            episodes or more; 0: none, and the last weights are kept.
+        evaluate_every: updates between two held-out losses.
+        patience: evaluations without a member improving after which training stops.
+
+    Raises:
+        InvalidInputError: a number is out of range.
+    """
+
+    regressor: RegressorConfig = field(default_factory=RegressorConfig)
+    steps: int = 3_000
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    dropout: float = 0.1
+    input_noise: float = 0.1
+    held_out: float = 0.2
+    evaluate_every: int = 50
+    patience: int = 10
+
+    def __post_init__(self) -> None:
+        """Check every setting."""
+        for name in ("steps", "batch_size", "evaluate_every", "patience"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InvalidInputError(f"{name} is {value!r}; expected a positive integer.")
+        if not 0 < self.learning_rate <= 1:
+            raise InvalidInputError(f"learning_rate is {self.learning_rate!r}; expected more than 0, at most 1.")
+        for name, most in (("dropout", 0.95), ("held_out", 0.9), ("input_noise", 10.0), ("weight_decay", 100.0)):
+            if not 0 <= getattr(self, name) <= most:
+                raise InvalidInputError(f"{name} is {getattr(self, name)!r}; expected 0 to {most:g}.")
+
+
+@dataclass(frozen=True)
+class NoiseExamples:
+    """What is learned from: pairs of inputs and chunks, and the episodes that they are from.
+
+    Attributes:
+        inputs: (N, F) float32.
+        targets: (N, H, A) float32: noises, or normalised actions.
+        episodes: (N,) int64, the number of each pair's episode.
+        binding: what the noises belong to.
+    """
+
+    inputs: npt.NDArray[np.float32]
+    targets: npt.NDArray[np.float32]
+    episodes: npt.NDArray[np.int64]
+    binding: Binding
+
+    def __post_init__(self) -> None:
+        """Check shapes and values.
+
+        Raises:
+            DatasetError: nothing is there, or shapes don't fit, or values are not finite.
+        """
+        if len(self.inputs) == 0 or self.inputs.ndim != 2 or self.inputs.shape[1] == 0:
+            raise DatasetError(
+                f"the inputs to learn from have shape {self.inputs.shape}; expected (N, F), both 1 or more. Record episodes "
+                "with observations, or with a policy that offers features."
+            )
+        expected = (len(self.inputs), self.binding.horizon, self.binding.dim)
+        if self.targets.shape != expected or self.episodes.shape != expected[:1]:
+            raise DatasetError(
+                f"targets {self.targets.shape} and episodes {self.episodes.shape} don't fit {len(self.inputs)} inputs; expected "
+                f"{expected} and {expected[:1]}."
+            )
+        for name in ("inputs", "targets"):
+            finite = np.isfinite(getattr(self, name)).reshape(len(self.inputs), -1).all(1)
+            if not finite.all():
+                raise DatasetError(
+                    f"{name} hold NaN or infinite values, first in example {int(np.argmin(finite))} (episode "
+                    f"{int(self.episodes[np.argmin(finite)])}). Leave that episode out, or record it again."
+                )
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is random in a loss.
+
+    Attributes:
+        examples: (M, B) which examples each member sees.
+        input_noise: (M, B, F) draws of N(0, I).
+        masks: for each hidden layer, (M, B, W): 0, or 1 / (1 - dropout).
+    """
+
+    examples: Tensor
+    input_noise: Tensor
+    masks: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a distillation is.
+
+    Attributes:
+        step: updates done.
+        steps: updates at most.
+        loss: mean training loss since the last report, in units of the targets' standard deviation.
+        held_out_loss: mean over the members of the lowest so far; NaN without held-out episodes.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    held_out_loss: float
+
+
+def regression_loss(network: EnsembleMLP, inputs: Tensor, targets: Tensor, draws: Draws, input_noise: float) -> Tensor:
+    """Return each member's mean squared error (M,).
+
+    Args:
+        network: M members, F to D.
+        inputs: (N, F) normalised.
+        targets: (N, D) normalised.
+        draws: what is random.
+        input_noise: standard deviation of the noise on the inputs.
+    """
+    predicted: Tensor = network(inputs[draws.examples] + input_noise * draws.input_noise, draws.masks)
+    return (predicted - targets[draws.examples]).square().mean((1, 2))
+
+
+class DSBCLearner:
+    """Fits a regressor to examples.
+
+    Args:
+        examples: what to learn.
+        config: the settings.
+        seed: from which weights, held-out episodes and draws descend.
+        device: where to train.
+        initial: a regressor of the same sizes to go on from (as DAgger does between rounds); None: begin anew.
+    """
+
+    def __init__(
+        self,
+        examples: NoiseExamples,
+        config: DSBCConfig,
+        seed: int,
+        device: torch.device | str = "cpu",
+        initial: ChunkRegressor | None = None,
+    ) -> None:
+        self.config, self.step = config, 0
+        check_seed(seed)
+        inputs = torch.from_numpy(examples.inputs)
+        targets = torch.from_numpy(examples.targets.reshape(len(inputs), -1))
+        if initial is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(child_seed(seed, "weights"))
+                self.regressor = ChunkRegressor(
+                    config.regressor,
+                    Normaliser.fit(inputs, "mean_std"),
+                    Normaliser.fit(targets, "mean_std"),
+                    examples.binding,
+                )
+        else:
+            initial.binding.check(examples.binding, "the noise policy to go on from")
+            self.regressor = initial.requires_grad_(True)
+        self.regressor.to(device).train()
+        self._rng = generator(child_seed(seed, "distillation"), device)
+        self._inputs = self.regressor.prepare(inputs.to(device))
+        self._targets = self.regressor.output_normaliser.normalise(targets.to(device))
+        held_out = hold_out(examples.episodes, config.regressor.members, config.held_out, seed)
+        self._held_out = torch.from_numpy(held_out).to(device)
+        # Each member's own examples first, for an even draw from them; how many they are, (M,).
+        self._order = torch.from_numpy(np.argsort(held_out, axis=1, kind="stable")).to(device)
+        self._counts = torch.from_numpy((~held_out).sum(1)).to(device)
+        self._optimiser = torch.optim.AdamW(
+            self.regressor.network.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self._best = [weight.detach().clone() for weight in self.regressor.network.parameters()]
+        self.held_out_loss = torch.full((config.regressor.members,), torch.inf, device=device)
+        self._unimproved = 0
+
+    def draw(self) -> Draws:
+        """Draw a batch for every member."""
+        members, batch = self.config.regressor.members, self.config.batch_size
+        device = self._inputs.device
+        share = torch.rand((members, batch), generator=self._rng, device=device, dtype=torch.float64)
+        examples = self._order.gather(1, (share * self._counts[:, None]).long())
+        noise = torch.randn((members, batch, self._inputs.shape[1]), generator=self._rng, device=device)
+        masks: tuple[Tensor, ...] = ()
+        if self.config.dropout:
+            keep = 1 - self.config.dropout
+            shape = (members, batch, self.config.regressor.width)
+            masks = tuple(
+                (torch.rand(shape, generator=self._rng, device=device) < keep).float() / keep
+                for _ in range(self.config.regressor.depth)
+            )
+        return Draws(examples, noise, masks)
+
+    def update(self) -> Tensor:
+        """Take one step; return the mean loss () without waiting for the device."""
+        losses = regression_loss(
+            self.regressor.network, self._inputs, self._targets, self.draw(), self.config.input_noise
+        )
+        self._optimiser.zero_grad()
+        losses.sum().backward()  # members share nothing, so each gets the gradient of its own loss
+        self._optimiser.step()
+        self.step += 1
+        return losses.detach().mean()
+
+    @torch.no_grad()
+    def evaluate(self) -> bool:
+        """Compute held-out losses, keep the weights of members that improved; return whether any did."""
+        network = self.regressor.network
+        predicted = network(self._inputs.expand(self.config.regressor.members, -1, -1))
+        errors = (predicted - self._targets).square().mean(2)
+        losses = (errors * self._held_out).sum(1) / self._held_out.sum(1)
+        improved = losses < self.held_out_loss
+        self.held_out_loss = torch.where(improved, losses, self.held_out_loss)
+        for best, weight in zip(self._best, network.parameters(), strict=True):
+            best.copy_(torch.where(improved.view(-1, 1, 1), weight, best))
+        found = bool(improved.any())
+        self._unimproved = 0 if found else self._unimproved + 1
+        return found
+
+    def fit(self, on_progress: Callable[[Progress], None] | None = None) -> ChunkRegressor:
+        """Train until no member improves any more, or the updates are used up; return the regressor, frozen.
+
+        Raises:
+            DatasetError: the loss is not finite: the examples hold values that no network can learn.
+        """
+        can_stop_early = bool(self._held_out.any())
+        losses: list[Tensor] = []
+        while self.step < self.config.steps:
+            losses.append(self.update())
+            if self.step % self.config.evaluate_every and self.step < self.config.steps:
+                continue
+            if can_stop_early:
+                self.evaluate()
+            loss = float(torch.stack(losses).mean())
+            losses.clear()
+            if not np.isfinite(loss):
+                raise DatasetError(
+                    f"the loss is {loss} at update {self.step}. Lower the learning rate, or look for extreme values in the data."
+                )
+            if on_progress is not None:
+                held_out = float(self.held_out_loss.mean()) if can_stop_early else float("nan")
+                on_progress(Progress(self.step, self.config.steps, loss, held_out))
+            if can_stop_early and self._unimproved >= self.config.patience:
+                break
+        if can_stop_early:
+            with torch.no_grad():
+                for best, weight in zip(self._best, self.regressor.network.parameters(), strict=True):
+                    weight.copy_(best)
+        return self.regressor.requires_grad_(False).eval()
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what is worth recording about the training, as plain values."""
+        held_out = [round(float(loss), 6) for loss in self.held_out_loss if torch.isfinite(loss)]
+        return {"updates": self.step, "held_out_loss": held_out, "examples": len(self._inputs)}
+
+
+def hold_out(episodes: npt.NDArray[np.int64], members: int, fraction: float, seed: int) -> npt.NDArray[np.bool_]:
+    """Say which examples each member holds out, (M, N): whole episodes, others for each member as far as there are.
+
+    Nothing is held out where there is a single episode, or the fraction is 0.
+    """
+    held_out = np.zeros((members, len(episodes)), dtype=bool)
+    names = np.unique(episodes)
+    if fraction == 0 or len(names) < 2:
+        return held_out
+    count = min(max(1, round(fraction * len(names))), len(names) - 1)
+    order = np.random.default_rng(child_seed(seed, "held out")).permutation(names)
+    for member in range(members):
+        chosen = np.take(order, range(member * count, (member + 1) * count), mode="wrap")
+        held_out[member] = np.isin(episodes, chosen)
+    return held_out
+
+
+def distil(
+    examples: NoiseExamples,
+    config: DSBCConfig | None = None,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    initial: ChunkRegressor | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> ChunkRegressor:
+    """Distil examples into a regressor; see `DSBCLearner`.
+
+    Raises:
+        DatasetError: the examples can't be learned from.
+        MismatchError: `initial` belongs to another policy.
+        InvalidInputError: the seed is out of range.
+    """
+    learner = DSBCLearner(examples, DSBCConfig() if config is None else config, seed, device, initial)
+    regressor = learner.fit(on_progress)
+    regressor.provenance = learner.provenance()
+    return regressor

@@ -1,0 +1,310 @@
+"""What was learned from steering: a small network that says where the flow starts, or (the baseline) what to execute.
+
+A `ChunkRegressor` maps what the frozen policy sees to a chunk. Trained on noises (DSBC, arXiv 2606.13675) it is a noise
+policy, and `LearnedNoise` makes it a start; trained on actions (behaviour cloning on the same data) it needs no prior, and
+`ExecuteLearned` makes it an edit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from counterflow.binding import Binding
+from counterflow.errors import CheckpointError, CounterflowError, InvalidInputError, MismatchError, UnknownNameError
+from counterflow.policies import BasePolicy, Normaliser, as_device
+from counterflow.policies.described import (
+    Format,
+    check_unchanged,
+    fingerprint,
+    read_described,
+    save_described,
+    weights_path,
+)
+from counterflow.policies.ensemble import EnsembleMLP
+from counterflow.random import draw_normal
+from counterflow.steering.context import SteeringContext
+from counterflow.steering.start import Rng
+from counterflow.steering.steered import SteeredPolicy
+
+Target = Literal["noise", "action"]
+Inputs = Literal["features", "observation"]
+
+FORMAT = Format("counterflow/chunk-regressor", 1, "Noise policies are made by 'counterflow distill'.")
+LARGEST_INPUT = 10.0  # standard deviations; what is further off than this looks the same to the network
+
+
+@dataclass(frozen=True)
+class RegressorConfig:
+    """A regressor's architecture and what it maps from and to.
+
+    Attributes:
+        target: "noise" (a noise policy) or "action" (normalised actions: the behaviour cloning baseline).
+        inputs: "features" (the frozen policy's own, see `features_of`) or "observation".
+        members: M, networks in the ensemble; their mean is what counts.
+        width: neurons of a hidden layer.
+        depth: hidden layers.
+        bound: outputs are clamped to [-bound, bound], in units of the noise; None: not at all.
+
+    Raises:
+        UnknownNameError: no such target or kind of input.
+        InvalidInputError: a number is out of range.
+    """
+
+    target: Target = "noise"
+    inputs: Inputs = "features"
+    members: int = 5
+    width: int = 256
+    depth: int = 2
+    bound: float | None = 3.0
+
+    def __post_init__(self) -> None:
+        """Check names and numbers."""
+        for name, known in (("target", get_args(Target)), ("inputs", get_args(Inputs))):
+            if getattr(self, name) not in known:
+                raise UnknownNameError(name, str(getattr(self, name)), known)
+        for name in ("members", "width", "depth"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InvalidInputError(f"{name} is {value!r}; expected a positive integer.")
+        if self.bound is not None and not 0 < self.bound < float("inf"):
+            raise InvalidInputError(f"bound is {self.bound!r}; expected a positive number, or None for no bound.")
+
+
+class ChunkRegressor(nn.Module):
+    """A small ensemble from what the frozen policy sees to a chunk.
+
+    Args:
+        config: architecture, inputs and target.
+        input_normaliser: fitted to the inputs (F entries).
+        output_normaliser: fitted to the flattened targets (H * A entries).
+        binding: what the targets belong to.
+    """
+
+    def __init__(
+        self, config: RegressorConfig, input_normaliser: Normaliser, output_normaliser: Normaliser, binding: Binding
+    ) -> None:
+        super().__init__()
+        size = binding.horizon * binding.dim
+        if output_normaliser.dim != size:
+            raise InvalidInputError(
+                f"the output normaliser has {output_normaliser.dim} entries; expected {size}, as many as a chunk of "
+                f"{binding.horizon} x {binding.dim}."
+            )
+        self.config, self.binding = config, binding
+        self.input_normaliser, self.output_normaliser = input_normaliser, output_normaliser
+        self.network = EnsembleMLP(input_normaliser.dim, size, config.members, config.width, config.depth)
+        # What else was recorded about its making (data, seed, losses); travels with the checkpoint.
+        self.provenance: dict[str, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.network.parameters()).device
+
+    def prepare(self, inputs: Tensor) -> Tensor:
+        """Normalise inputs (..., F)."""
+        return self.input_normaliser.normalise(inputs).clamp(-LARGEST_INPUT, LARGEST_INPUT)
+
+    def members(self, inputs: Tensor) -> Tensor:
+        """Return what every member says, (M, B, H, A), for inputs (B, F).
+
+        Raises:
+            MismatchError: the inputs have another size.
+        """
+        if inputs.ndim != 2 or inputs.shape[1] != self.input_normaliser.dim:
+            raise MismatchError(
+                f"the {self.config.inputs} have shape {tuple(inputs.shape)}; this {self.config.target} policy was made for "
+                f"(B, {self.input_normaliser.dim}). Use it with the policy and environment that it was made for."
+            )
+        prepared = self.prepare(inputs.to(self.device, torch.float32))
+        flat = self.output_normaliser.denormalise(self.network(prepared.expand(self.config.members, -1, -1)))
+        if self.config.bound is not None:
+            flat = flat.clamp(-self.config.bound, self.config.bound)
+        chunks: Tensor = flat.unflatten(-1, (self.binding.horizon, self.binding.dim))
+        return chunks
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the chunk (B, H, A), the members' mean, for inputs (B, F)."""
+        return self.members(inputs).mean(0)
+
+    def inputs_of(self, policy: BasePolicy, context: SteeringContext) -> Tensor:
+        """Return what this network looks at, (B, F), from a steering context."""
+        if self.config.inputs == "features":
+            return features_of(policy, context)
+        observation = context.observation
+        if observation is None or isinstance(observation, dict):
+            raise MismatchError(
+                "this network looks at observations, and none, or several kinds, are here. Train it on features instead."
+            )
+        return torch.as_tensor(observation).flatten(1)
+
+    def description(self) -> dict[str, Any]:
+        """Return everything but the numbers, as plain values."""
+        return {
+            "regressor": asdict(self.config),
+            "binding": self.binding.to_json(),
+            "input": {"dim": self.input_normaliser.dim, "normalisation": self.input_normaliser.kind},
+            "output": {"normalisation": self.output_normaliser.kind},
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every number, by name, on the CPU."""
+        return {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """A short name for exactly this network."""
+        return fingerprint(self.description(), self.tensors())
+
+    def save(self, path: Path | str) -> Path:
+        """Write it to `path` (ending in ".safetensors", or without an ending), whole or not at all.
+
+        Raises:
+            StorageError: writing failed; what stood there before is untouched.
+        """
+        return save_described(path, FORMAT, self.description(), self.provenance, self.tensors())
+
+    @classmethod
+    def load(cls, path: Path | str, device: torch.device | str = "cpu") -> ChunkRegressor:
+        """Load what `save` wrote, without gradients.
+
+        Raises:
+            CheckpointError: the file is missing, truncated, damaged, foreign, or written by a newer version.
+            InvalidInputError: the device can't be used here.
+        """
+        device, path = as_device(device), Path(path)
+        path = path.with_suffix(".safetensors") if path.suffix == ".json" else weights_path(path)
+        content, tensors = read_described(path, FORMAT)
+        try:
+            regressor = cls(
+                RegressorConfig(**content["regressor"]),
+                Normaliser(
+                    tensors["input_normaliser.offset"],
+                    tensors["input_normaliser.scale"],
+                    content["input"]["normalisation"],
+                ),
+                Normaliser(
+                    tensors["output_normaliser.offset"],
+                    tensors["output_normaliser.scale"],
+                    content["output"]["normalisation"],
+                ),
+                Binding.from_json(content["binding"]),
+            )
+            regressor.load_state_dict(tensors)
+        except (KeyError, TypeError, RuntimeError, CounterflowError) as error:
+            raise CheckpointError(
+                f"{path} does not hold the network that it describes: {error}. It was changed or damaged; fetch or train it "
+                "again."
+            ) from error
+        regressor.provenance = content["provenance"]
+        check_unchanged(path, content, regressor.description(), regressor.tensors())
+        return regressor.to(device).requires_grad_(False).eval()
+
+
+def features_of(policy: BasePolicy, context: SteeringContext) -> Tensor:
+    """Return the frozen policy's own features (B, F) of the observations in a context.
+
+    Raises:
+        MismatchError: the policy offers none.
+    """
+    inner: Any = context.features
+    while isinstance(inner, SteeringContext):
+        inner = inner.features
+    while isinstance(policy, SteeredPolicy):
+        policy = policy.base
+    if not hasattr(policy, "features"):
+        raise MismatchError(
+            f"{type(policy).__name__} offers no features (no method `features(context) -> (B, F)`). Give it one, or record "
+            "and train with observations."
+        )
+    features: Tensor = policy.features(inner)
+    return features
+
+
+def binding_of(policy: BasePolicy, steps: int, solver: str = "euler") -> Binding:
+    """Return what noises of this policy belong to when they are denoised in `steps` steps."""
+    inner: Any = policy
+    while isinstance(inner, SteeredPolicy):
+        inner = inner.base
+    spec = policy.action_spec
+    name = str(getattr(inner, "fingerprint", type(inner).__name__))
+    return Binding(name, str(getattr(inner, "family", "")), spec.horizon, spec.dim, steps, solver)
+
+
+@dataclass(frozen=True)
+class LearnedNoise:
+    """Where a noise policy says that the flow should start.
+
+    Attributes:
+        regressor: trained on noises.
+        perturbation: standard deviation of the noise that is added to what it says.
+
+    Raises:
+        MismatchError: the network was trained on actions.
+        InvalidInputError: the perturbation is out of range.
+    """
+
+    regressor: ChunkRegressor
+    perturbation: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check target and perturbation."""
+        if self.regressor.config.target != "noise":
+            raise MismatchError(
+                f"this network was trained on {self.regressor.config.target}s; a start needs one that was trained on noises."
+            )
+        if not 0 <= self.perturbation <= 10:
+            raise InvalidInputError(f"LearnedNoise perturbation is {self.perturbation!r}; expected 0 to 10.")
+
+    def __call__(self, policy: BasePolicy, context: SteeringContext, rng: Rng) -> tuple[Tensor, Tensor]:
+        """Return the learned noise at t = 0."""
+        noise = self.regressor(self.regressor.inputs_of(policy, context))
+        if self.perturbation:
+            noise = noise + self.perturbation * draw_normal(rng, noise.shape, noise.device)
+        return noise, noise.new_zeros(context.batch_size)
+
+
+@dataclass(frozen=True)
+class ExecuteLearned:
+    """Execute what a network that was trained on actions says, whatever the flow gave (the baseline BC).
+
+    Attributes:
+        regressor: trained on actions.
+        policy: the policy whose features it looks at.
+    """
+
+    regressor: ChunkRegressor
+    policy: BasePolicy
+    candidates: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the target."""
+        if self.regressor.config.target != "action":
+            raise MismatchError(
+                f"this network was trained on {self.regressor.config.target}s; executing needs one trained on actions."
+            )
+
+    def __call__(self, chunks: Tensor, context: SteeringContext) -> Tensor:
+        """Put the learned chunk in the place of the candidates."""
+        chunk: Tensor = self.regressor(self.regressor.inputs_of(self.policy, context))
+        return chunk[:, None].to(chunks)
+
+
+def steer_learned(base: BasePolicy, regressor: ChunkRegressor, perturbation: float = 0.0) -> SteeredPolicy:
+    """Return `base` driven by what was learned: a noise policy at its start, or an action regressor in its place.
+
+    Raises:
+        MismatchError: the network belongs to another frozen policy, action space or way of denoising.
+    """
+    binding = regressor.binding
+    what = f"this {regressor.config.target} policy"
+    binding.check(binding_of(base, binding.steps, binding.solver), what)
+    if regressor.config.target == "action":
+        return SteeredPolicy(base, edit=ExecuteLearned(regressor, base), steps=1)
+    start = LearnedNoise(regressor, perturbation)
+    return SteeredPolicy(base, start=start, steps=binding.steps, solver=binding.solver)
