@@ -21,6 +21,7 @@ COMMANDS = (
     "invert",
     "dataset",
     "distill",
+    "dagger",
     "compare",
     "film",
     "analyse",

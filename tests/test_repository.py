@@ -14,7 +14,9 @@ DOCUMENTS = [path for path in ROOT.rglob("*.md") if not {".venv", "node_modules"
 
 
 @pytest.mark.parametrize(
-    "document", [ROOT / "README.md", ROOT / "docs" / "first-policy.md"], ids=lambda path: path.name
+    "document",
+    [ROOT / "README.md", *(ROOT / "docs" / name for name in ("first-policy.md", "from-successes-to-a-policy.md"))],
+    ids=lambda path: path.name,
 )
 def test_python_in_the_documents_runs(document: Path, tmp_path: Path) -> None:
     """All blocks of a document, one after the other, as a reader would type them."""

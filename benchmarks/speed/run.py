@@ -26,6 +26,7 @@ from counterflow.experiments.evaluate import ReasonerSettings, evaluate, load_pr
 from counterflow.experiments.train import train_bc
 from counterflow.files import write_json
 from counterflow.learning import BCConfig
+from counterflow.learning.bc import choose_precision
 
 HERE = Path(__file__).parent
 ENV = "ogbench/cube-single-task4"
@@ -81,7 +82,11 @@ def main() -> None:
     arguments = tyro.cli(Arguments)
     console = Console()
     began = time.perf_counter()
-    training = [measure_training(arguments.data, arguments.steps, precision) for precision in ("bfloat16", "float32")]
+    # Where the processor has no instructions for bfloat16 it is emulated, and nobody would choose it.
+    precisions = sorted(
+        {choose_precision("auto", torch.device("cpu")), choose_precision("float32", torch.device("cpu"))}
+    )
+    training = [measure_training(arguments.data, arguments.steps, precision) for precision in precisions]
     console.print(training)
     torch.set_num_threads(1)  # as the command line does: the policy is small, and the cores are the simulators'
     # One environment in the caller's process, as a simple loop would have it, against the default.

@@ -302,6 +302,64 @@ class Distill:
 
 
 @dataclass(frozen=True)
+class Dagger:
+    """Improve a noise policy by an expert who takes over when it gets nowhere (DAgger in noise space). Resumable."""
+
+    env: tyro.conf.Positional[str]
+    """The task, for example ogbench/cube-single-task5."""
+    data: Path
+    """What the first noise policy is distilled from: a folder of 'counterflow record', or an archive of 'counterflow invert'."""
+    out: Path
+    """The run's folder: noise policies of every round, rounds.json, and the rollouts."""
+    rounds: int = 4
+    """How many times to roll out and learn."""
+    episodes: int = 10
+    """Rollouts a round."""
+    first: int | None = None
+    """Use the first so many successful episodes of the data; default: all."""
+    patience: int = 8
+    """Decisions without progress after which the expert takes over."""
+    hold: int = 16
+    """Decisions that the expert makes before handing back."""
+    seed: int = 0
+    """What everything descends from."""
+    policy: str | None = None
+    """A checkpoint or run folder; default: the shipped prior of the task's family."""
+
+    def run(self, console: Console) -> None:
+        """Run the rounds, with what came of each."""
+        from counterflow.experiments.dagger import Round, dagger
+        from counterflow.experiments.progress import progress_bar
+        from counterflow.learning.dagger import Stalled
+
+        Stalled(self.patience, self.hold)  # refuse numbers out of range before anything is begun
+        with progress_bar(console, f"DAgger on {self.env}", self.rounds, "rounds") as update:
+
+            def show(found: Round) -> None:
+                update(found.number + 1, f"{100 * found.interventions:.0f}% of decisions were the expert's")
+
+            rounds = dagger(
+                self.env,
+                self.data,
+                self.out,
+                rounds=self.rounds,
+                episodes=self.episodes,
+                first=self.first,
+                seed=self.seed,
+                make_rule=lambda: Stalled(self.patience, self.hold),
+                policy=self.policy,
+                on_round=show,
+            )
+        for one in rounds:
+            console.print(
+                f"round {one.number}: {one.unaided} of {one.episodes} succeeded without help, {one.successes} in all; the expert "
+                f"made {100 * one.interventions:.0f}% of the decisions, {one.corrections} corrections"
+            )
+        last = self.out / f"round-{self.rounds}.safetensors"
+        console.print(f"  {last}\nnext: counterflow eval {self.env} --steer dsbc --noise-policy {last}")
+
+
+@dataclass(frozen=True)
 class Compare:
     """Compare ways of steering over tasks, with the same prior, references and episodes."""
 
@@ -486,6 +544,7 @@ Command = (
     | Annotated[Invert, tyro.conf.subcommand("invert")]
     | Annotated[Dataset, tyro.conf.subcommand("dataset")]
     | Annotated[Distill, tyro.conf.subcommand("distill")]
+    | Annotated[Dagger, tyro.conf.subcommand("dagger")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Film, tyro.conf.subcommand("film")]
     | Annotated[Analyse, tyro.conf.subcommand("analyse")]

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from counterflow.data.npz import is_stored, map_npz, names_of, read_npz, unpack_npz
+from counterflow.data.npz import is_stored, map_npz, names_of, read_npz, save_npz, unpack_npz
 from counterflow.errors import DatasetError, InvalidInputError, StorageError
-from counterflow.files import reason_of
+from counterflow.files import reason_of, replacing
 
 Array = npt.NDArray[Any]
 
@@ -76,6 +76,54 @@ class EpisodeDataset:
         starts, lengths = _check(path, arrays)
         del arrays["terminals"]
         return cls(arrays, starts, lengths)
+
+    @classmethod
+    def from_episodes(cls, episodes: Sequence[Mapping[str, Array]]) -> EpisodeDataset:
+        """Make a dataset of rollouts, for example of a gymnasium environment.
+
+        Args:
+            episodes: for each episode its arrays, one row a step: at least observations (T, ...) and actions (T, A), and the
+                same names in all.
+
+        Raises:
+            DatasetError: there is no episode, or arrays are missing, differ in length or shape, or hold NaN.
+        """
+        if not episodes:
+            raise DatasetError("no episode was given; expected at least one.")
+        names = sorted(episodes[0])
+        for index, episode in enumerate(episodes):
+            missing = sorted({"observations", "actions", *names} ^ {*episode})
+            if missing:
+                raise DatasetError(
+                    f"episode {index} and the others don't agree on {', '.join(missing)}; expected observations, actions and the "
+                    "same further arrays in all."
+                )
+            steps = {name: len(episode[name]) for name in names}
+            if len({*steps.values()}) != 1 or 0 in steps.values():
+                listing = ", ".join(f"{name} {count}" for name, count in steps.items())
+                raise DatasetError(f"episode {index} has arrays of these lengths: {listing}. Expected one row a step.")
+        try:
+            arrays = {name: np.concatenate([episode[name] for episode in episodes]) for name in names}
+        except ValueError as error:
+            raise DatasetError(f"the episodes' arrays don't fit together: {error}.") from error
+        lengths = np.array([len(episode["actions"]) for episode in episodes], np.int64)
+        terminals = np.zeros(len(arrays["actions"]), bool)
+        terminals[np.cumsum(lengths) - 1] = True
+        _check(Path("the rollouts"), arrays | {"terminals": terminals})
+        arrays.pop("terminals", None)
+        return cls(arrays, np.cumsum(lengths) - lengths, lengths)
+
+    def save(self, path: Path | str) -> None:
+        """Write the episodes to `path` (.npz) in OGBench's layout, whole or not at all.
+
+        Raises:
+            StorageError: writing failed; what stood there before is untouched.
+        """
+        terminals = np.zeros(self.num_steps, bool)
+        terminals[np.cumsum(self.lengths) - 1] = True
+        arrays = {name: self.gather(name) for name in self.arrays}
+        with replacing(path) as temporary:
+            save_npz(temporary, arrays | {"terminals": terminals})
 
     @classmethod
     def load_with_validation(

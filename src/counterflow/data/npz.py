@@ -74,6 +74,11 @@ def write_npz(path: Path, columns: Mapping[str, Column]) -> None:
                 raise InvalidInputError(f"the blocks of {name} have {rows} rows together; expected {column.shape[0]}.")
 
 
+def save_npz(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Write whole arrays to `path` as `write_npz` does."""
+    write_npz(path, {name: Column(array.shape, array.dtype, [array]) for name, array in arrays.items()})
+
+
 def _padding(offset: int) -> bytes:
     """Return the extra field that moves data which would begin at `offset` to a multiple of `ALIGNMENT`."""
     length = -(offset + PADDING_FIELD) % ALIGNMENT

@@ -54,7 +54,7 @@ import numpy.typing as npt
 
 import counterflow
 from counterflow.binding import Binding
-from counterflow.data.npz import Column, names_of, read_npz, write_npz
+from counterflow.data.npz import names_of, read_npz, save_npz
 from counterflow.errors import (
     CounterflowError,
     DatasetError,
@@ -295,7 +295,7 @@ class SteeringDataset:
             about = {name: getattr(copied, name) for name in ("env", "seed", "index", "success", "source")}
             content = {_ABOUT: np.frombuffer(json.dumps(about).encode(), np.uint8)}
             content |= dict(sorted(copied.arrays.items()))  # the same bytes, whatever the order they were given in
-            write_npz(temporary, {name: Column(array.shape, array.dtype, [array]) for name, array in content.items()})
+            save_npz(temporary, content)
         self._insert(copied)
 
     def has(self, source: str, env: str, index: int) -> bool:

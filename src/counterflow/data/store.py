@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 import counterflow
-from counterflow.data.npz import Column, write_npz
+from counterflow.data.npz import Column, save_npz, write_npz
 from counterflow.data.recipe import Episode, Recipe
 from counterflow.errors import DatasetError, InvalidInputError, MismatchError, StorageError
 from counterflow.files import reason_of, replacing
@@ -128,7 +128,7 @@ class EpisodeStore:
     def write_episode(self, index: int, episode: Episode) -> None:
         """Put a finished episode in place, whole or not at all."""
         with self._storing(), replacing(self._episode_path(index)) as temporary:
-            write_npz(temporary, {name: Column(array.shape, array.dtype, [array]) for name, array in episode.items()})
+            save_npz(temporary, episode)
 
     def has_episode(self, index: int) -> bool:
         """Say whether the episode lies there whole; what is left of a damaged one is removed."""

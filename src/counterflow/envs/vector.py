@@ -251,6 +251,10 @@ class VectorEnv:
         self._last.update(results)
         return self._batch(horizon=chunks.shape[1], fresh=frozenset(chosen))
 
+    def present(self) -> Batch:
+        """Return the present state of all rows, as after stepping none of them."""
+        return self._batch(horizon=0, fresh=frozenset())
+
     def render(self, row: int = 0) -> Image:
         """Draw one environment: (height, width, 3) uint8."""
         image: Image = self._ask(row, "render")

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 import counterflow
-from counterflow.data.npz import Column, write_npz
+from counterflow.data.npz import save_npz
 from counterflow.envs import VectorEnv, check_env_name, make_env
 from counterflow.envs.rendering import prepare_backend
 from counterflow.errors import InvalidInputError, MismatchError, TrainingError
@@ -188,7 +188,7 @@ def _write(path: Path, request: dict[str, Any], successes: Sequence[_Attempt], a
     }
     made = Demonstrated(path, path.with_suffix(".json"), len(successes), attempts, len(terminals), made=True)
     with replacing(path) as temporary:
-        write_npz(temporary, {name: Column(array.shape, array.dtype, [array]) for name, array in arrays.items()})
+        save_npz(temporary, arrays)
         # First, and with the archive's digest: whenever this process is killed, no archive is taken for another one.
         write_json(
             made.provenance_path,

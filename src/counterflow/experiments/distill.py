@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -12,7 +12,7 @@ import numpy as np
 from counterflow.data import EpisodeDataset, SteeringDataset
 from counterflow.errors import DatasetError, InvalidInputError, MismatchError, UnknownNameError
 from counterflow.experiments.inversion import read_binding
-from counterflow.learning.dsbc import DSBCConfig, NoiseExamples, Progress, distil
+from counterflow.learning.dsbc import DSBCConfig, NoiseExamples, Progress, distil, join
 from counterflow.steering import ChunkRegressor
 
 Windows = Literal["auto", "steps", "decisions"]
@@ -123,7 +123,7 @@ def distill(
     if not paths:
         raise InvalidInputError("no dataset was named; give at least one.")
     parts = [examples_of(path, config, env=env, first=first, windows=windows) for path in paths]
-    examples = joined(parts, [str(path) for path in paths])
+    examples = join(parts, [str(path) for path in paths])
     regressor = distil(examples, config, seed=seed, device=device, initial=initial, on_progress=on_progress)
     regressor.provenance = {
         "algorithm": "dsbc" if config.regressor.target == "noise" else "bc on the same data",
@@ -136,28 +136,3 @@ def distill(
     }
     regressor.save(out)
     return regressor
-
-
-def joined(parts: Sequence[NoiseExamples], names: Sequence[str]) -> NoiseExamples:
-    """Return several lots of examples as one.
-
-    Raises:
-        MismatchError: their noises belong to different policies, or their inputs differ in size.
-    """
-    first = parts[0]
-    episodes, offset = [], 0
-    for part, name in zip(parts, names, strict=True):
-        first.binding.check(part.binding, f"the dataset {names[0]} (compared with {name})")
-        if part.inputs.shape[1] != first.inputs.shape[1]:
-            raise MismatchError(
-                f"{names[0]} has inputs of {first.inputs.shape[1]} numbers, {name} of {part.inputs.shape[1]}; expected the same. "
-                "Distil each by itself."
-            )
-        episodes.append(part.episodes + offset)
-        offset += int(part.episodes.max()) + 1
-    return replace(
-        first,
-        inputs=np.concatenate([part.inputs for part in parts]),
-        targets=np.concatenate([part.targets for part in parts]),
-        episodes=np.concatenate(episodes),
-    )

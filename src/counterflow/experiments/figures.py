@@ -206,6 +206,60 @@ def success_curve(
         return save(figure, path)
 
 
+def mean_curve(
+    lines: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]],
+    path: Path | str,
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    subtitle: str = "",
+) -> Path:
+    """Draw means over samples with bands of 95% intervals of the mean (normal approximation).
+
+    Args:
+        lines: for each line its places (X,) and samples (X, N); NaN samples are left out. Lines that carry a method's name
+            take its colour.
+        path: where the PNG goes.
+        xlabel: what the places are, with their unit.
+        ylabel: what was measured, with its unit.
+        title: what the figure shows, in a few words.
+        subtitle: a second line, quieter.
+
+    Returns:
+        The PNG's path.
+
+    Raises:
+        InvalidInputError: shapes don't fit, or a place has no sample.
+        StorageError: the file can't be written.
+    """
+    if not lines:
+        raise InvalidInputError("there is nothing to draw; expected at least one line.")
+    colours = colours_of(lines)
+    with styled():
+        handles: dict[str, Artist] = {label(name): Line2D([], [], color=colours[name], **_LINE) for name in lines}
+        figure, frame = sheet(
+            5.2, 2.9, title, subtitle, handles if len(handles) > 1 else {}, "Bands: 95% intervals of the mean."
+        )
+        axes = figure.add_subplot(figure.add_gridspec(1, 1, **frame)[0])
+        for name, (places, samples) in lines.items():
+            where, values = np.asarray(places, float), np.asarray(samples, float)
+            counts = np.isfinite(values).sum(1) if values.ndim == 2 else np.zeros(1)
+            if where.shape != values.shape[:1] or not counts.all():
+                raise InvalidInputError(
+                    f"{name} has places {where.shape} and samples {values.shape}; expected (X,) and (X, N), a finite sample each."
+                )
+            mean = np.nanmean(values, axis=1)
+            spread = 1.96 * np.nanstd(values, axis=1) / np.sqrt(counts)
+            axes.fill_between(where, mean - spread, mean + spread, color=colours[name], alpha=0.14, linewidth=0)
+            axes.plot(where, mean, color=colours[name], **{**_LINE, "markersize": 3.5})
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.grid(axis="y")
+        return save(figure, path)
+
+
 def reversal_analysis(
     steps: Sequence[int],
     displacement: npt.ArrayLike,

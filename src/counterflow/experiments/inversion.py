@@ -27,7 +27,7 @@ from torch import Tensor
 
 from counterflow.binding import Binding
 from counterflow.data import EpisodeDataset, SteeringDataset
-from counterflow.data.npz import Column, write_npz
+from counterflow.data.npz import save_npz
 from counterflow.envs import describe
 from counterflow.errors import DatasetError, InvalidInputError, UnknownNameError
 from counterflow.experiments.evaluate import load_prior
@@ -165,7 +165,7 @@ def invert_dataset(
     arrays, found = add_noises(dataset, prior, settings, on_progress)
     binding = binding_of(prior, settings.steps)
     with replacing(out) as temporary:
-        write_npz(temporary, {name: Column(array.shape, array.dtype, [array]) for name, array in arrays.items()})
+        save_npz(temporary, arrays)
     result = Inverted(out, **found)
     write_json(
         out.with_suffix(".json"),

@@ -1,7 +1,8 @@
 """How figures and films look: the colours and names of methods, the letters, the paper.
 
 Methods keep their colour in every figure and film: the base policy is grey, and flow reversal, the house's own, is the
-only warm one. Colours stay apart under the three kinds of colour blindness (the tests simulate them).
+only warm one, with the noise policy that is distilled from it its dark brother. Colours stay apart under the three kinds
+of colour blindness (the tests simulate them).
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ METHOD_COLOURS: Mapping[str, str] = {
     "partial": "#178F74",
     "rank": "#4C4BA0",
     "frs": "#E4580B",
+    "dsbc": "#6C0000",
+    "bc": "#000024",
 }
 """What a method looks like."""
 
@@ -44,6 +47,8 @@ METHOD_LABELS: Mapping[str, str] = {
     "partial": "partial noising",
     "rank": "sample-and-rank",
     "frs": "flow reversal (FRS)",
+    "dsbc": "noise policy (DSBC)",
+    "bc": "behaviour cloning (BC)",
 }
 """What a method is called where there is room for its name."""
 

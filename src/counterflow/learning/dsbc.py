@@ -14,7 +14,7 @@ decay, an ensemble whose members each hold out other episodes, and stopping each
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from counterflow.binding import Binding
-from counterflow.errors import DatasetError, InvalidInputError
+from counterflow.errors import DatasetError, InvalidInputError, MismatchError
 from counterflow.policies import Normaliser
 from counterflow.policies.ensemble import EnsembleMLP
 from counterflow.random import check_seed, child_seed, generator
@@ -116,6 +116,37 @@ class NoiseExamples:
                     f"{name} hold NaN or infinite values, first in example {int(np.argmin(finite))} (episode "
                     f"{int(self.episodes[np.argmin(finite)])}). Leave that episode out, or record it again."
                 )
+
+
+def join(parts: Sequence[NoiseExamples], names: Sequence[str] = ()) -> NoiseExamples:
+    """Return several lots of examples as one, their episodes kept apart; a lot may be there more than once.
+
+    Args:
+        parts: at least one.
+        names: what to call them in an error.
+
+    Raises:
+        MismatchError: their noises belong to different policies, or their inputs differ in size.
+    """
+    first, called = parts[0], [*names, *(f"the data {index}" for index in range(len(names), len(parts)))]
+    offsets: dict[int, int] = {}
+    following = 0
+    for part, name in zip(parts, called, strict=True):
+        first.binding.check(part.binding, f"{called[0]} (compared with {name})")
+        if part.inputs.shape[1] != first.inputs.shape[1]:
+            raise MismatchError(
+                f"{called[0]} has inputs of {first.inputs.shape[1]} numbers, {name} of {part.inputs.shape[1]}; expected the "
+                "same. Learn from each by itself."
+            )
+        if id(part) not in offsets:  # a repeated lot is the same episodes again, or it would be held out from itself
+            offsets[id(part)] = following
+            following += int(part.episodes.max()) + 1
+    return NoiseExamples(
+        np.concatenate([part.inputs for part in parts]),
+        np.concatenate([part.targets for part in parts]),
+        np.concatenate([part.episodes + offsets[id(part)] for part in parts]),
+        first.binding,
+    )
 
 
 @dataclass(frozen=True)

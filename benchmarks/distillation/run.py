@@ -1,0 +1,424 @@
+"""Distillation: noise policies (DSBC) against behaviour cloning from the same few rollouts or demonstrations.
+
+    python benchmarks/distillation/run.py
+
+records what is missing into `data/`, trains, evaluates into `results/`, and writes the tables and figures beside it. Stages can
+be named, and `--only-report` leaves out the running. What was recorded and trained (`data/`) is not committed: the same command
+makes it again.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+
+from counterflow.data import SteeringDataset
+from counterflow.experiments.compare import Comparison, Contender, compare, comparison_of, read_results
+from counterflow.experiments.dagger import dagger as run_dagger
+from counterflow.experiments.demonstrate import demonstrate
+from counterflow.experiments.distill import distill
+from counterflow.experiments.evaluate import load_prior, machine, open_env
+from counterflow.experiments.figures import mean_curve, success_bars, success_curve
+from counterflow.experiments.inversion import InversionSettings, invert_dataset
+from counterflow.experiments.record import record
+from counterflow.experiments.rollout import Episode, run_episodes
+from counterflow.experiments.statistics import Difference, MeanRate, SuccessRate
+from counterflow.files import write_json
+from counterflow.learning import DSBCConfig
+from counterflow.random import child_seed
+from counterflow.steering import ChunkRegressor, RegressorConfig, steer_learned
+
+HERE = Path(__file__).parent
+DATA, RESULTS = HERE / "data", HERE / "results"
+CUBE_TASKS = tuple(f"ogbench/cube-single-task{task}" for task in range(1, 6))
+SCENE_TASKS = tuple(f"ogbench/scene-task{task}" for task in (1, 3, 4))
+TASKS = (*CUBE_TASKS, *SCENE_TASKS)
+ROLLOUTS, ROLLOUT_COUNTS, DEMONSTRATIONS = 18, (3, 10, 18, 50), 20
+CURVE_TASKS = ("ogbench/cube-single-task1", "ogbench/cube-single-task4", "ogbench/scene-task1")
+SEEDS = (0, 1, 2)
+Stage = Literal["rollouts", "counts", "offline", "dagger", "drift", "cost"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+DAGGER_TASKS, DAGGER_FIRST, DAGGER_ROUNDS = ("ogbench/cube-single-task5", "ogbench/scene-task4"), 3, 4
+DRIFT_TASKS = ("ogbench/cube-single-task4", "ogbench/scene-task1")
+DRIFT_EPISODES, DRIFT_DECISIONS = 30, 40
+FAMILIES = {"ogbench/cube-single": CUBE_TASKS, "ogbench/scene": SCENE_TASKS}
+
+DSBC = DSBCConfig()
+BC = replace(DSBC, regressor=RegressorConfig(target="action", bound=None))
+CONFIGS = {"dsbc": DSBC, "bc": BC}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Run the distillation benchmark."""
+
+    stages: tuple[Stage, ...] = STAGES
+    """rollouts: the main table; counts: against the number of rollouts; offline: from demonstrations; dagger: with an expert at
+    hand; drift: how far policies stray from the training states; cost: time and memory."""
+    episodes: int = 50
+    """Evaluation episodes for each policy on each task."""
+    only_report: bool = False
+    """Write tables and figures from the results that are there."""
+
+
+def main() -> None:
+    """Run what is missing, then report."""
+    arguments = tyro.cli(Arguments)
+    torch.set_num_threads(1)  # the policies are small; the cores are the simulators'
+    console = Console()
+    if not arguments.only_report:
+        for stage in arguments.stages:
+            RUN[stage](console, arguments.episodes)
+    report()
+
+
+def recording(task: str, successes: int) -> Path:
+    """Return the folder of a task's steered rollouts, recorded as far as they are missing."""
+    out = DATA / "rollouts" / task.split("/")[1]
+    record(task, "frs", out, successes=successes)
+    return out
+
+
+def trained(
+    method: str, name: str, paths: Sequence[Path], seed: int, first: int | None, config: DSBCConfig | None = None
+) -> str:
+    """Return the file of a learned policy, trained if it is missing."""
+    out = DATA / "policies" / f"{name}-{method}-{seed}.safetensors"
+    if not out.exists():
+        distill(paths, out, CONFIGS[method] if config is None else config, first=first, seed=seed)
+    return str(out)
+
+
+def evaluate_all(console: Console, path: Path, task: str, contenders: Sequence[Contender], episodes: int) -> None:
+    """Evaluate on one task what is missing in the results."""
+    count, successes = 0, 0
+
+    def start(name: str, contender: Contender) -> None:
+        nonlocal count, successes
+        console.log(f"{name}, {contender.label}")
+        count, successes = 0, 0
+
+    def finish(episode: Episode) -> None:
+        nonlocal count, successes
+        count, successes = count + 1, successes + episode.success
+        if count == episodes:
+            console.log(f"  {successes} of {count}")
+
+    compare([task], contenders, episodes, 0, path=path, on_start=start, on_episode=finish)
+
+
+def rollouts(console: Console, episodes: int) -> None:
+    """Run base, FRS, BC and DSBC from 18 successful rollouts, three training seeds."""
+    for task in TASKS:
+        folder = recording(task, ROLLOUTS)
+        contenders = [Contender("base", "base"), Contender("FRS", "frs")]
+        for seed in SEEDS:
+            for method in ("bc", "dsbc"):
+                learned = trained(method, f"{folder.name}-{ROLLOUTS}", [folder], seed, ROLLOUTS)
+                contenders.append(Contender(f"{method}, seed {seed}", method, learned=learned))
+        evaluate_all(console, RESULTS / "rollouts.json", task, contenders, episodes)
+
+
+def counts(console: Console, episodes: int) -> None:
+    """Run both against the number of rollouts."""
+    for task in CURVE_TASKS:
+        folder = recording(task, max(ROLLOUT_COUNTS))
+        contenders = []
+        for count in ROLLOUT_COUNTS:
+            for seed in SEEDS:
+                for method in ("bc", "dsbc"):
+                    learned = trained(method, f"{folder.name}-{count}", [folder], seed, count)
+                    contenders.append(Contender(f"{method}, {count} rollouts, seed {seed}", method, learned=learned))
+        evaluate_all(console, RESULTS / "counts.json", task, contenders, episodes)
+
+
+def offline(console: Console, episodes: int) -> None:
+    """Run both on oracle demonstrations, with exact inversion and Euler reversal as the source of noises."""
+    inversions: dict[str, dict[str, Any]] = {}
+    kinds: tuple[Literal["exact", "euler"], ...] = ("exact", "euler")
+    for task in TASKS:
+        name = task.split("/")[1]
+        demonstrations = DATA / "demonstrations" / f"{name}.npz"
+        demonstrate(task, demonstrations, episodes=DEMONSTRATIONS)
+        contenders = []
+        for kind in kinds:
+            archive = demonstrations.with_name(f"{name}-{kind}.npz")
+            # Euler reversal has no tolerance to keep to: what it misses is what is measured.
+            settings = InversionSettings(
+                method="exact" if kind == "exact" else "euler", tolerance=0.01 if kind == "exact" else 100.0
+            )
+            found = invert_dataset(demonstrations, task, archive, settings)
+            inversions.setdefault(task, {})[kind] = found.to_json()
+            for seed in SEEDS:
+                learned = trained("dsbc", f"{name}-demonstrations-{kind}", [archive], seed, None)
+                contenders.append(Contender(f"dsbc, {kind}, seed {seed}", "dsbc", learned=learned))
+        for seed in SEEDS:
+            learned = trained(
+                "bc", f"{name}-demonstrations", [demonstrations.with_name(f"{name}-exact.npz")], seed, None
+            )
+            contenders.append(Contender(f"bc, seed {seed}", "bc", learned=learned))
+        evaluate_all(console, RESULTS / "offline.json", task, contenders, episodes)
+        write_json(RESULTS / "inversion.json", inversions)
+
+
+def dagger(console: Console, episodes: int) -> None:
+    """Run DAgger from few rollouts, and evaluate every round's noise policy without help."""
+    found: dict[str, Any] = {}
+    for task in DAGGER_TASKS:
+        name = task.split("/")[1]
+        folder = DATA / "dagger" / name
+        done = run_dagger(task, recording(task, ROLLOUTS), folder, rounds=DAGGER_ROUNDS, first=DAGGER_FIRST)
+        found[task] = [asdict(one) for one in done]
+        contenders = [
+            Contender(f"round {number}", "dsbc", learned=str(folder / f"round-{number}.safetensors"))
+            for number in range(DAGGER_ROUNDS + 1)
+        ]
+        evaluate_all(console, RESULTS / "dagger.json", task, contenders, episodes)
+        write_json(RESULTS / "dagger-rounds.json", found)
+
+
+def drift(console: Console, episodes: int) -> None:  # noqa: ARG001 - every stage is called alike
+    """Measure how far visited states are from the nearest training state, decision by decision."""
+    found: dict[str, Any] = {}
+    for task in DRIFT_TASKS:
+        folder = recording(task, ROLLOUTS)
+        training = SteeringDataset.load(folder).filter(success=True, first=ROLLOUTS).concatenated(("step_features",))
+        known = torch.from_numpy(training["step_features"])
+        found[task] = {}
+        for method in ("dsbc", "bc"):
+            regressor = ChunkRegressor.load(trained(method, f"{folder.name}-{ROLLOUTS}", [folder], 0, ROLLOUTS))
+            seeds = [child_seed(0, "episode", index) for index in range(DRIFT_EPISODES)]
+            with open_env(task, DRIFT_EPISODES) as env:
+                played = run_episodes(steer_learned(load_prior(task), regressor), env, seeds, record=True)
+            distances = []
+            for episode in played:
+                visited = torch.from_numpy(
+                    np.stack([one.features for one in episode.decisions if one.features is not None])
+                )
+                distances.append([round(one, 4) for one in torch.cdist(visited, known).amin(1).tolist()])
+            found[task][method] = {"success": [episode.success for episode in played], "distances": distances}
+            console.log(f"{task} {method}: mean distance {np.mean(np.concatenate(distances)):.2f}")
+        write_json(RESULTS / "drift.json", found)
+
+
+def cost(console: Console, episodes: int) -> None:  # noqa: ARG001 - every stage is called alike
+    """Measure the time and memory of one distillation, in a process of its own."""
+    measured = {}
+    for task in ("ogbench/cube-single-task4", "ogbench/scene-task4"):
+        folder = recording(task, ROLLOUTS)
+        done = subprocess.run(
+            [sys.executable, __file__.replace("run.py", "cost.py"), str(folder), str(ROLLOUTS)],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        measured[task] = json.loads(done.stdout.splitlines()[-1])
+        console.log(f"{task}: {measured[task]}")
+    write_json(RESULTS / "cost.json", {"machine": machine(), "results": measured})
+
+
+RUN: dict[str, Callable[[Console, int], None]] = {
+    "rollouts": rollouts,
+    "counts": counts,
+    "offline": offline,
+    "dagger": dagger,
+    "drift": drift,
+    "cost": cost,
+}
+
+
+def report() -> None:
+    """Write tables into the README and draw the figures, of what has been run."""
+    readme = HERE / "README.md"
+    for name, write in (
+        ("rollouts", report_rollouts),
+        ("counts", report_counts),
+        ("offline", report_offline),
+        ("dagger", report_dagger),
+        ("drift", report_drift),
+        ("cost", report_cost),
+    ):
+        if (RESULTS / f"{name}.json").exists():
+            insert(readme, name, write())
+
+
+def pooled(comparison: Comparison, method: str, task: str) -> SuccessRate:
+    """Return a method's rate on a task, all training seeds together."""
+    rates = [rates[task] for label, rates in comparison.rates.items() if label.startswith(method) and task in rates]
+    return SuccessRate(sum(one.successes for one in rates), sum(one.episodes for one in rates))
+
+
+def table(comparison: Comparison, methods: Sequence[str]) -> list[str]:
+    """Return the lines of a table: a row a task, means of families and of all below."""
+    done = [task for task in TASKS if task in comparison.tasks]
+    lines = ["| task | " + " | ".join(methods) + " |", "| --- |" + " ---: |" * len(methods)]
+    lines += [
+        f"| {task} | " + " | ".join(cell(pooled(comparison, one, task)) for one in methods) + " |" for task in done
+    ]
+    for family, tasks in {**FAMILIES, f"all {len(done)}": TASKS}.items():
+        chosen = [task for task in tasks if task in done]
+        if chosen:
+            means = [MeanRate(tuple(pooled(comparison, one, task) for task in chosen)) for one in methods]
+            lines.append(f"| **mean {family}** | " + " | ".join(f"**{cell(mean)}**" for mean in means) + " |")
+    return lines
+
+
+def mean(comparison: Comparison, method: str, tasks: Sequence[str]) -> MeanRate:
+    """Return a method's mean over tasks, all training seeds together."""
+    return MeanRate(tuple(pooled(comparison, method, task) for task in tasks if task in comparison.tasks))
+
+
+def report_rollouts() -> str:
+    """Return the main table and draw its figure."""
+    comparison = comparison_of(read_results(RESULTS / "rollouts.json"))
+    methods = {"base": "base", "frs": "FRS", "bc": "bc", "dsbc": "dsbc"}
+    success_bars(
+        {
+            family: {name: mean(comparison, label, tasks) for name, label in methods.items()}
+            for family, tasks in FAMILIES.items()
+            if any(task in comparison.tasks for task in tasks)
+        },
+        HERE / "success.png",
+        title=f"Distilled from {ROLLOUTS} steered successes",
+        subtitle=f"Mean over tasks of a family, {len(SEEDS)} training seeds",
+    )
+    dsbc, frs, bc = (mean(comparison, one, TASKS) for one in ("dsbc", "FRS", "bc"))
+    return "\n".join(
+        [
+            *table(comparison, list(methods.values())),
+            "",
+            f"DSBC reaches {100 * dsbc.rate / frs.rate:.0f}% of FRS's success; DSBC minus BC: {Difference(dsbc, bc)} points.",
+        ]
+    )
+
+
+def report_counts() -> str:
+    """Return the table against the number of rollouts and draw its figure."""
+    comparison = comparison_of(read_results(RESULTS / "counts.json"))
+    done = [task for task in CURVE_TASKS if task in comparison.tasks]
+    lines: dict[str, dict[float, Any]] = {
+        method: {count: mean(comparison, f"{method}, {count} rollouts", done) for count in ROLLOUT_COUNTS}
+        for method in ("dsbc", "bc")
+    }
+    success_curve(
+        lines,
+        HERE / "counts.png",
+        xlabel="successful rollouts",
+        title="Against the number of rollouts",
+        subtitle=f"Mean over {', '.join(task.split('/')[1] for task in done)}, {len(SEEDS)} training seeds",
+        scale="log",
+    )
+    rows = ["| rollouts | bc | dsbc |", "| ---: | ---: | ---: |"]
+    return "\n".join(
+        rows + [f"| {count} | {cell(lines['bc'][count])} | {cell(lines['dsbc'][count])} |" for count in ROLLOUT_COUNTS]
+    )
+
+
+def report_offline() -> str:
+    """Return the tables of learning from demonstrations and of what inversion misses."""
+    comparison = comparison_of(read_results(RESULTS / "offline.json"))
+    methods = ["bc", "dsbc, euler", "dsbc, exact"]
+    exact, bc = mean(comparison, "dsbc, exact", TASKS), mean(comparison, "bc", TASKS)
+    found = json.loads((RESULTS / "inversion.json").read_text())
+    lines = [*table(comparison, methods), "", f"DSBC (exact inversion) minus BC: {Difference(exact, bc)} points.", ""]
+    lines += ["| task | noises by | error, median | 90% | 99% | flagged | noise, root mean square |"]
+    lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    for task, kinds in found.items():
+        for kind, one in kinds.items():
+            errors = " | ".join(f"{one['errors'][share]:.1e}" for share in ("50%", "90%", "99%"))
+            flagged = f"{one['flagged']} of {one['chunks']}" if kind == "exact" else ""
+            lines.append(f"| {task} | {kind} | {errors} | {flagged} | {one['noise_norm']:.2f} |")
+    return "\n".join(lines)
+
+
+def report_dagger() -> str:
+    """Return the table of rounds and draw its figure."""
+    comparison = comparison_of(read_results(RESULTS / "dagger.json"))
+    rounds = json.loads((RESULTS / "dagger-rounds.json").read_text())
+    lines = ["| task | round | success without help | expert's share of decisions | corrections |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: |"]
+    curves: dict[str, dict[float, Any]] = {}
+    for task, found in rounds.items():
+        for number in range(DAGGER_ROUNDS + 1):
+            rate = comparison.rates[f"round {number}"][task]
+            curves.setdefault(task.split("/")[1], {})[number] = rate
+            share = f"{100 * found[number]['interventions']:.0f}%" if number < len(found) else ""
+            corrections = f"{found[number]['corrections']}" if number < len(found) else ""
+            lines.append(f"| {task} | {number} | {cell(rate)} | {share} | {corrections} |")
+    success_curve(
+        curves,
+        HERE / "dagger.png",
+        xlabel="rounds of DAgger",
+        title="DAgger in noise space",
+        subtitle=f"The noise policy alone, after each round; begun with {DAGGER_FIRST} rollouts",
+    )
+    return "\n".join(lines)
+
+
+def report_drift() -> str:
+    """Draw how far policies stray and return the means."""
+    found = json.loads((RESULTS / "drift.json").read_text())
+    lines = ["| task | policy | mean distance | first quarter | last quarter |", "| --- | --- | ---: | ---: | ---: |"]
+    for task, methods in found.items():
+        curves: dict[str, tuple[Any, Any]] = {}
+        for method, one in methods.items():
+            longest = max(len(distances) for distances in one["distances"])
+            padded = np.full((longest, len(one["distances"])), np.nan)
+            for index, distances in enumerate(one["distances"]):
+                padded[: len(distances), index] = distances
+            shown = min(longest, DRIFT_DECISIONS)
+            curves[method] = np.arange(shown), padded[:shown]
+            everything = [value for distances in one["distances"] for value in distances]
+            first = [value for distances in one["distances"] for value in distances[: max(1, len(distances) // 4)]]
+            last = [value for distances in one["distances"] for value in distances[-max(1, len(distances) // 4) :]]
+            numbers = " | ".join(f"{np.mean(values):.2f}" for values in (everything, first, last))
+            lines.append(f"| {task} | {method} | {numbers} |")
+        mean_curve(
+            curves,
+            HERE / f"drift-{task.split('/')[1]}.png",
+            xlabel="decisions (chunks of five actions) in the episode",
+            ylabel="distance to the nearest training state",
+            title="Compounding error",
+            subtitle=f"{task}, {DRIFT_EPISODES} episodes, normalised observations",
+        )
+    return "\n".join(lines)
+
+
+def report_cost() -> str:
+    """Return the table of time and memory."""
+    found = json.loads((RESULTS / "cost.json").read_text())["results"]
+    lines = ["| data | examples | updates | seconds to train | to import | MB above the interpreter |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
+    lines += [
+        f"| {ROLLOUTS} rollouts of {task} | {one['examples']} | {one['updates']} | {one['seconds_to_train']} | "
+        f"{one['seconds_to_import']} | {one['megabytes_above_interpreter']} |"
+        for task, one in found.items()
+    ]
+    return "\n".join(lines)
+
+
+def insert(path: Path, name: str, text: str) -> None:
+    """Put a table between its marks in a document."""
+    begin, end = f"<!-- {name}: written by benchmarks/distillation/run.py -->", f"<!-- /{name} -->"
+    before, rest = path.read_text().split(begin, 1)
+    _, after = rest.split(end, 1)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
+def cell(rate: SuccessRate | MeanRate) -> str:
+    """Write a rate in percent with its interval."""
+    return f"{100 * rate.rate:.0f} ({100 * rate.interval.low:.0f}-{100 * rate.interval.high:.0f})"
+
+
+if __name__ == "__main__":
+    main()
