@@ -264,7 +264,7 @@ def usable_corrections(episode: SteeringEpisode) -> npt.NDArray[np.bool_]:
     horizon = episode.arrays["step_noise"].shape[1]
     whole = np.zeros(len(expert), bool)
     if len(expert) >= horizon:
-        windows = np.lib.stride_tricks.sliding_window_view(expert, horizon).all(1)
+        windows = np.all(np.lib.stride_tricks.sliding_window_view(expert, horizon), axis=1)
         whole[: len(windows)] = windows
     usable: npt.NDArray[np.bool_] = np.logical_and(whole, episode.arrays["step_noise_valid"])
     return usable
