@@ -27,7 +27,6 @@ from counterflow.errors import (
     UnknownNameError,
 )
 from counterflow.experiments.demonstrate import demonstrate
-from counterflow.experiments.evaluate import load_prior
 from counterflow.experiments.inversion import (
     InversionSettings,
     Inverted,
@@ -472,6 +471,3 @@ class TestGymnasium:
         wanted = np.stack([data.arrays["actions"][start : start + 3] for start in starts])
         misses = np.abs(plan.actions.numpy() - wanted).mean()
         assert misses < 0.5 * np.abs(wanted - wanted.mean()).mean()
-
-    def test_the_policy_is_loaded_from_the_evaluations_prior(self) -> None:
-        assert binding_of(load_prior(TASK), 5) == binding_of(load("cube-single"), 5)

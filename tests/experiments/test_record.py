@@ -1,0 +1,293 @@
+"""Recordings in a real environment: what is kept is what happened, and interruptions change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import counterflow.experiments.record as module
+from counterflow.data import SteeringDataset, SteeringEpisode
+from counterflow.envs import VectorEnv, make_env
+from counterflow.errors import DatasetError, InvalidInputError, MismatchError, UnknownNameError
+from counterflow.experiments.inversion import InversionSettings
+from counterflow.experiments.record import Recorded, record, step_noises
+from counterflow.experiments.rollout import run_episodes
+from counterflow.flow import denoise
+from counterflow.policies import ActionSpec, FieldPolicy, bind, load
+from counterflow.random import child_seed
+from counterflow.steering import MethodSettings, binding_of
+
+TASK = "ogbench/cube-single-task1"
+
+
+class Kept:
+    """An environment that stays open for the next test: to make one takes longer than most of what is done in it."""
+
+    def __init__(self, env: VectorEnv) -> None:
+        self.env = env
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.env, name)
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def envs() -> Iterator[dict[int, VectorEnv]]:
+    made = {count: make_env(TASK, count, workers=0) for count in (1, 2)}
+    yield made
+    for env in made.values():
+        env.close()
+
+
+@pytest.fixture(scope="module")
+def patched(envs: dict[int, VectorEnv]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "open_env", lambda name, episodes, num_envs: Kept(envs[num_envs]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def recorded(patched: None, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    """Two whole episodes of flow reversal steering, both successes."""
+    return make(tmp_path_factory.mktemp("recorded") / "frs")
+
+
+@pytest.fixture
+def short(patched: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Episodes end after six decisions (and fail)."""
+    monkeypatch.setattr(module, "run_episodes", partial(run_episodes, max_chunks=6))
+
+
+def make(out: Path, method: str = "frs", env: str = TASK, **changes: Any) -> Recorded:
+    return record(env, method, out, **{"successes": 2, "max_episodes": 2, "num_envs": 1, **changes})
+
+
+def failed(out: Path, method: str, **changes: Any) -> list[SteeringEpisode]:
+    """Record episodes of which none succeeds."""
+    with pytest.raises(DatasetError, match="only 0 succeeded"):
+        make(out, method, **{"successes": 1, "max_episodes": 1, **changes})
+    return SteeringDataset.load(out).episodes
+
+
+def files(path: Path) -> dict[str, bytes]:
+    """Everything in a dataset's folder but the lock."""
+    found = (file for file in sorted(path.rglob("*")) if file.is_file() and file.name != ".lock")
+    return {str(file.relative_to(path)): file.read_bytes() for file in found}
+
+
+def redenoised(observations: Any, noise: Any, steps: int) -> Any:
+    """What the shipped prior makes of noises, within the limits of actions (its actions have no units of their own)."""
+    prior = load("cube-single")
+    with torch.no_grad():
+        context = prior.encode(torch.from_numpy(observations))
+        return denoise(bind(prior, context), torch.from_numpy(noise), steps).clamp(-1, 1).numpy()
+
+
+class TestContent:
+    def test_how_many_there_are_and_how_they_were_made(self, recorded: Recorded) -> None:
+        assert (recorded.episodes, recorded.successes, recorded.made) == (2, 2, 2)
+        dataset = SteeringDataset.load(recorded.path)
+        assert (len(dataset), dataset.successes) == (2, 2)
+        assert dataset.binding == binding_of(load("cube-single"), 5)
+        (provenance,) = dataset.sources.values()
+        assert (provenance["env"], provenance["method"], provenance["seed"]) == (TASK, "frs", 0)
+        assert provenance["settings"] == {"reversal_steps": 5, "perturbation": 0.0}
+        assert provenance["reasoner"]["convention"] == "ogbench"
+
+    def test_the_noise_of_a_decision_gives_its_chunk(self, recorded: Recorded) -> None:
+        for episode in SteeringDataset.load(recorded.path):
+            arrays = episode.arrays
+            assert not arrays["start_time"].any()
+            assert not arrays["intervened"].any()
+            found = redenoised(arrays["observations"], arrays["noise"], 5)
+            np.testing.assert_allclose(found, arrays["chunks"], atol=1e-4)
+            assert (redenoised(arrays["observations"], arrays["noise"], 4) - arrays["chunks"]).max() > 0.05
+
+    def test_what_was_seen_and_done_is_what_happened(self, recorded: Recorded, envs: dict[int, VectorEnv]) -> None:
+        """Replaying the actions from the episode's seed gives every observation and reward, and the success at the end."""
+        episode = SteeringDataset.load(recorded.path).episodes[0]
+        assert episode.seed == child_seed(0, "recording", 0)
+        batch = envs[1].reset([child_seed(episode.seed, "environment")])
+        steps = zip(
+            *(episode.arrays[f"{name}"] for name in ("step_observations", "step_actions", "rewards")), strict=True
+        )
+        for observation, action, reward in steps:
+            assert not batch.done[0]
+            np.testing.assert_array_equal(batch.observation[0], observation)
+            batch = envs[1].step(action[None])
+            assert batch.rewards[0, 0] == reward
+        assert batch.success[0]
+
+    def test_decisions_and_steps_fit_together(self, recorded: Recorded) -> None:
+        for episode in SteeringDataset.load(recorded.path):
+            arrays = episode.arrays
+            begins = np.cumsum(arrays["executed"]) - arrays["executed"]
+            np.testing.assert_array_equal(arrays["observations"], arrays["step_observations"][begins])
+            np.testing.assert_array_equal(arrays["features"], arrays["step_features"][begins])
+            assert (arrays["executed"][:-1] == 5).all()
+            for begin, count, chunk in zip(begins, arrays["executed"], arrays["chunks"], strict=True):
+                np.testing.assert_allclose(arrays["step_actions"][begin : begin + count], chunk[:count], atol=1e-6)
+
+    def test_features_are_the_priors(self, recorded: Recorded) -> None:
+        prior, arrays = load("cube-single"), SteeringDataset.load(recorded.path).episodes[0].arrays
+        for prefix in ("", "step_"):
+            expected = prior.features(prior.encode(torch.from_numpy(arrays[f"{prefix}observations"])))
+            np.testing.assert_array_equal(arrays[f"{prefix}features"], expected.numpy())
+
+    def test_references_are_the_reasoners(self, recorded: Recorded) -> None:
+        """Somebody always speaks on this task; what is not spoken for doesn't count, and what is differs over time."""
+        arrays = SteeringDataset.load(recorded.path).episodes[0].arrays
+        assert arrays["active"].all()
+        assert arrays["steered"][..., :3].all()
+        assert len(np.unique(arrays["references"][:, 0], axis=0)) > 2
+
+    def test_the_noise_of_a_step_gives_what_was_executed_from_there(self, recorded: Recorded) -> None:
+        for episode in SteeringDataset.load(recorded.path):
+            arrays, steps = episode.arrays, episode.steps
+            valid = arrays["step_noise_valid"]
+            assert valid[:-4].mean() > 0.9
+            assert not valid[-4:].any()
+            rows = np.flatnonzero(valid)
+            windows = np.stack([arrays["step_actions"][row : row + 5] for row in rows])
+            np.testing.assert_array_equal(arrays["step_chunks"][rows], windows)
+            found = redenoised(arrays["step_observations"][rows], arrays["step_noise"][rows], 5)
+            np.testing.assert_allclose(found, windows, atol=0.011)
+            assert arrays["step_noise"].shape == (steps, 5, 5)
+
+
+class TestGoingOn:
+    def test_a_second_call_makes_nothing(
+        self, recorded: Recorded, monkeypatch: pytest.MonkeyPatch, envs: dict[int, VectorEnv]
+    ) -> None:
+        before = files(recorded.path)
+        monkeypatch.setattr(module, "open_env", lambda *_, **__: pytest.fail("nothing was left to do"))
+        again = make(recorded.path)
+        assert (again.episodes, again.successes, again.made) == (2, 2, 0)
+        assert files(recorded.path) == before
+
+    def test_an_interruption_changes_nothing(self, recorded: Recorded, tmp_path: Path) -> None:
+        def interrupt(episode: Any, successes: int) -> None:
+            assert (episode.success, successes) == (True, 1)
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path / "cut", on_episode=interrupt)
+        assert len(SteeringDataset.load(tmp_path / "cut")) == 1
+        told: list[int] = []
+        resumed = make(tmp_path / "cut", on_episode=lambda _, successes: told.append(successes))
+        assert (resumed.episodes, resumed.made, told) == (2, 1, [2])
+        assert files(tmp_path / "cut") == files(recorded.path)
+
+    def test_a_deleted_episode_is_made_again(self, short: None, tmp_path: Path) -> None:
+        failed(tmp_path / "x", "frs", max_episodes=2)
+        before = files(tmp_path / "x")
+        next(iter((tmp_path / "x" / "episodes").iterdir())).unlink()
+        failed(tmp_path / "x", "frs", max_episodes=2)
+        assert files(tmp_path / "x") == before
+
+    def test_the_number_of_environments_changes_nothing_but_rounding(self, short: None, tmp_path: Path) -> None:
+        one, two = (failed(tmp_path / str(count), "frs", num_envs=count, max_episodes=3) for count in (1, 2))
+        assert [episode.key for episode in one] == [episode.key for episode in two]
+        assert [episode.index for episode in one] == [0, 1, 2]
+        for first, second in zip(one, two, strict=True):
+            assert (first.seed, first.success) == (second.seed, second.success)
+            for name, array in first.arrays.items():
+                if "noise" not in name:  # what is out of the flow's reach has none, and rounding decides on some
+                    np.testing.assert_allclose(second.arrays[name], array, atol=1e-3, err_msg=name)
+            np.testing.assert_allclose(second.arrays["noise"], first.arrays["noise"], atol=1e-3)
+
+    def test_other_settings_are_another_recording_in_the_same_folder(self, short: None, tmp_path: Path) -> None:
+        failed(tmp_path, "frs")
+        failed(tmp_path, "frs", seed=1)
+        failed(tmp_path, "rank", settings=MethodSettings(steps=5, candidates=2))
+        dataset = SteeringDataset.load(tmp_path)
+        assert len(dataset) == len(dataset.sources) == 3
+        assert len({episode.seed for episode in dataset}) == 2  # methods with the same seed begin in the same states
+
+
+class TestMethods:
+    @pytest.mark.parametrize("method", ["base", "rank"])
+    def test_the_noise_that_was_used_is_kept(self, method: str, short: None, tmp_path: Path) -> None:
+        (episode,) = failed(tmp_path, method, settings=MethodSettings(steps=4, candidates=3))
+        assert SteeringDataset.load(tmp_path).binding.steps == 4
+        arrays = episode.arrays
+        np.testing.assert_allclose(redenoised(arrays["observations"], arrays["noise"], 4), arrays["chunks"], atol=1e-4)
+        assert arrays["active"].any() == (method == "rank")
+        (provenance,) = SteeringDataset.load(tmp_path).sources.values()
+        assert (provenance["reasoner"] is None) == (method == "base")
+
+    @pytest.mark.parametrize("method", ["direct", "partial"])
+    def test_a_noise_is_found_for_chunks_that_came_from_none(self, method: str, short: None, tmp_path: Path) -> None:
+        (episode,) = failed(tmp_path, method)
+        assert SteeringDataset.load(tmp_path).binding.steps == 10
+        arrays = episode.arrays
+        assert not arrays["start_time"].any()
+        misses = np.abs(redenoised(arrays["observations"], arrays["noise"], 10) - arrays["chunks"]).max((1, 2))
+        assert np.median(misses) < 1e-3
+        if method == "direct":
+            np.testing.assert_allclose(arrays["chunks"][..., :3], arrays["references"][..., :3], atol=1e-6)
+
+    def test_without_every_step(self, short: None, tmp_path: Path) -> None:
+        (episode,) = failed(tmp_path, "frs", every_step=False)
+        assert "step_observations" in episode.arrays
+        assert not {"step_noise", "step_features", "step_chunks"} & set(episode.arrays)
+
+    def test_another_policy(self, short: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One that offers no features: they are left out, and everything else is there."""
+        prior = load("cube-single")
+        plain = FieldPolicy(lambda x, t, o: prior.velocity(o, x, t), prior.action_spec, prior.encode)
+        monkeypatch.setattr(module, "load_prior", lambda *_: plain)
+        (episode,) = failed(tmp_path, "frs")
+        assert not {"features", "step_features"} & set(episode.arrays)
+        assert "step_noise" in episode.arrays
+        assert SteeringDataset.load(tmp_path).binding.policy == "FieldPolicy"
+
+
+class TestGivingUp:
+    def test_when_too_few_succeed(self, short: None, tmp_path: Path) -> None:
+        with pytest.raises(DatasetError, match=r"after 3 episodes of .* only 0 succeeded; 1 were asked for.*safe in"):
+            make(tmp_path, "base", successes=1, max_episodes=3)
+        assert len(SteeringDataset.load(tmp_path)) == 3
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"successes": 0}, "0 successes were asked for"),
+            ({"successes": 3, "max_episodes": 2}, "at least as many as successes, 3"),
+            ({"seed": -1}, "seed is -1"),
+        ],
+    )
+    def test_numbers_out_of_range(self, changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+        with pytest.raises(InvalidInputError, match=words):
+            make(tmp_path / "x", **changes)
+        assert not (tmp_path / "x").exists()
+
+    def test_names_and_folders(self, recorded: Recorded, tmp_path: Path) -> None:
+        with pytest.raises(UnknownNameError, match="did you mean"):
+            make(tmp_path / "x", env="ogbench/cube-singel-task1")
+        with pytest.raises(UnknownNameError, match="steering method"):
+            make(tmp_path / "x", method="fsr")
+        with pytest.raises(MismatchError, match="steps 5, not 3"):
+            make(recorded.path, settings=MethodSettings(reversal_steps=3))
+        (tmp_path / "letter.txt").write_text("dear")
+        with pytest.raises(DatasetError, match="is no steering dataset"):
+            make(tmp_path)
+
+    def test_a_policy_for_another_environment(self, patched: None, tmp_path: Path) -> None:
+        with pytest.raises(MismatchError, match="sees 40 numbers"):
+            make(tmp_path / "x", policy="scene")
+
+
+def test_steps_fewer_than_a_chunk_have_no_noise() -> None:
+    policy = FieldPolicy(lambda x, t, o: -x, ActionSpec(3, 2))
+    arrays = {"step_observations": np.zeros((2, 4), np.float32), "step_actions": np.ones((2, 2), np.float32)}
+    found = step_noises(policy, arrays, InversionSettings())
+    assert not found["step_noise_valid"].any()
+    assert found["step_noise"].shape == found["step_chunks"].shape == (2, 3, 2)
