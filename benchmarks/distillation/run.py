@@ -40,12 +40,14 @@ from counterflow.steering import ChunkRegressor, RegressorConfig, steer_learned
 
 HERE = Path(__file__).parent
 DATA, RESULTS = HERE / "data", HERE / "results"
+# The same prior and the same evaluation episodes.
+ZERO_SHOT = HERE.parent / "zero_shot" / "results" / "tasks.json"
 CUBE_TASKS = tuple(f"ogbench/cube-single-task{task}" for task in range(1, 6))
-SCENE_TASKS = tuple(f"ogbench/scene-task{task}" for task in (1, 3, 4))
+SCENE_TASKS = tuple(f"ogbench/scene-task{task}" for task in (1, 2, 3))
 TASKS = (*CUBE_TASKS, *SCENE_TASKS)
 ROLLOUTS, ROLLOUT_COUNTS, DEMONSTRATIONS = 18, (3, 10, 18, 50), 20
-CURVE_TASKS = ("ogbench/cube-single-task1", "ogbench/cube-single-task4", "ogbench/scene-task1")
-SEEDS = (0, 1, 2)
+CURVE_TASKS = ("ogbench/cube-single-task4", "ogbench/scene-task1")
+SEEDS, CURVE_SEEDS, OFFLINE_SEEDS = (0, 1, 2), (0, 1), (0,)
 Stage = Literal["rollouts", "counts", "offline", "dagger", "drift", "cost"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 DAGGER_TASKS, DAGGER_FIRST, DAGGER_ROUNDS = ("ogbench/cube-single-task5", "ogbench/scene-task4"), 3, 4
@@ -54,7 +56,7 @@ DRIFT_EPISODES, DRIFT_DECISIONS = 30, 40
 FAMILIES = {"ogbench/cube-single": CUBE_TASKS, "ogbench/scene": SCENE_TASKS}
 
 DSBC = DSBCConfig()
-BC = replace(DSBC, regressor=RegressorConfig(target="action", bound=None))
+BC = replace(DSBC, regressor=RegressorConfig(target="action"))
 CONFIGS = {"dsbc": DSBC, "bc": BC}
 
 
@@ -65,6 +67,8 @@ class Arguments:
     stages: tuple[Stage, ...] = STAGES
     """rollouts: the main table; counts: against the number of rollouts; offline: from demonstrations; dagger: with an expert at
     hand; drift: how far policies stray from the training states; cost: time and memory."""
+    tasks: tuple[str, ...] = TASKS
+    """Run the stages of a table for these tasks alone."""
     episodes: int = 50
     """Evaluation episodes for each policy on each task."""
     only_report: bool = False
@@ -78,7 +82,7 @@ def main() -> None:
     console = Console()
     if not arguments.only_report:
         for stage in arguments.stages:
-            RUN[stage](console, arguments.episodes)
+            RUN[stage](console, arguments.episodes, arguments.tasks)
     report()
 
 
@@ -100,7 +104,8 @@ def trained(
 
 
 def evaluate_all(console: Console, path: Path, task: str, contenders: Sequence[Contender], episodes: int) -> None:
-    """Evaluate on one task what is missing in the results."""
+    """Evaluate on one task what is missing in the results; a file a task, so that stages and tasks may run side by side."""
+    path = path / f"{task.split('/')[1]}.json"
     count, successes = 0, 0
 
     def start(name: str, contender: Contender) -> None:
@@ -117,36 +122,36 @@ def evaluate_all(console: Console, path: Path, task: str, contenders: Sequence[C
     compare([task], contenders, episodes, 0, path=path, on_start=start, on_episode=finish)
 
 
-def rollouts(console: Console, episodes: int) -> None:
-    """Run base, FRS, BC and DSBC from 18 successful rollouts, three training seeds."""
-    for task in TASKS:
+def rollouts(console: Console, episodes: int, tasks: Sequence[str]) -> None:
+    """Run BC and DSBC from 18 successful rollouts, three training seeds (base and FRS are the zero-shot benchmark's)."""
+    for task in tasks:
         folder = recording(task, ROLLOUTS)
-        contenders = [Contender("base", "base"), Contender("FRS", "frs")]
+        contenders = []
         for seed in SEEDS:
             for method in ("bc", "dsbc"):
                 learned = trained(method, f"{folder.name}-{ROLLOUTS}", [folder], seed, ROLLOUTS)
                 contenders.append(Contender(f"{method}, seed {seed}", method, learned=learned))
-        evaluate_all(console, RESULTS / "rollouts.json", task, contenders, episodes)
+        evaluate_all(console, RESULTS / "rollouts", task, contenders, episodes)
 
 
-def counts(console: Console, episodes: int) -> None:
+def counts(console: Console, episodes: int, tasks: Sequence[str]) -> None:  # noqa: ARG001 - every stage is called alike
     """Run both against the number of rollouts."""
     for task in CURVE_TASKS:
         folder = recording(task, max(ROLLOUT_COUNTS))
         contenders = []
         for count in ROLLOUT_COUNTS:
-            for seed in SEEDS:
+            for seed in CURVE_SEEDS:
                 for method in ("bc", "dsbc"):
                     learned = trained(method, f"{folder.name}-{count}", [folder], seed, count)
                     contenders.append(Contender(f"{method}, {count} rollouts, seed {seed}", method, learned=learned))
-        evaluate_all(console, RESULTS / "counts.json", task, contenders, episodes)
+        evaluate_all(console, RESULTS / "counts", task, contenders, episodes)
 
 
-def offline(console: Console, episodes: int) -> None:
+def offline(console: Console, episodes: int, tasks: Sequence[str]) -> None:
     """Run both on oracle demonstrations, with exact inversion and Euler reversal as the source of noises."""
     inversions: dict[str, dict[str, Any]] = {}
     kinds: tuple[Literal["exact", "euler"], ...] = ("exact", "euler")
-    for task in TASKS:
+    for task in tasks:
         name = task.split("/")[1]
         demonstrations = DATA / "demonstrations" / f"{name}.npz"
         demonstrate(task, demonstrations, episodes=DEMONSTRATIONS)
@@ -159,19 +164,19 @@ def offline(console: Console, episodes: int) -> None:
             )
             found = invert_dataset(demonstrations, task, archive, settings)
             inversions.setdefault(task, {})[kind] = found.to_json()
-            for seed in SEEDS:
+            for seed in OFFLINE_SEEDS:
                 learned = trained("dsbc", f"{name}-demonstrations-{kind}", [archive], seed, None)
                 contenders.append(Contender(f"dsbc, {kind}, seed {seed}", "dsbc", learned=learned))
-        for seed in SEEDS:
+        for seed in OFFLINE_SEEDS:
             learned = trained(
                 "bc", f"{name}-demonstrations", [demonstrations.with_name(f"{name}-exact.npz")], seed, None
             )
             contenders.append(Contender(f"bc, seed {seed}", "bc", learned=learned))
-        evaluate_all(console, RESULTS / "offline.json", task, contenders, episodes)
-        write_json(RESULTS / "inversion.json", inversions)
+        evaluate_all(console, RESULTS / "offline", task, contenders, episodes)
+        write_json(RESULTS / "inversion" / f"{name}.json", inversions[task])
 
 
-def dagger(console: Console, episodes: int) -> None:
+def dagger(console: Console, episodes: int, tasks: Sequence[str]) -> None:  # noqa: ARG001 - every stage is called alike
     """Run DAgger from few rollouts, and evaluate every round's noise policy without help."""
     found: dict[str, Any] = {}
     for task in DAGGER_TASKS:
@@ -183,11 +188,11 @@ def dagger(console: Console, episodes: int) -> None:
             Contender(f"round {number}", "dsbc", learned=str(folder / f"round-{number}.safetensors"))
             for number in range(DAGGER_ROUNDS + 1)
         ]
-        evaluate_all(console, RESULTS / "dagger.json", task, contenders, episodes)
+        evaluate_all(console, RESULTS / "dagger", task, contenders, episodes)
         write_json(RESULTS / "dagger-rounds.json", found)
 
 
-def drift(console: Console, episodes: int) -> None:  # noqa: ARG001 - every stage is called alike
+def drift(console: Console, episodes: int, tasks: Sequence[str]) -> None:  # noqa: ARG001 - every stage is called alike
     """Measure how far visited states are from the nearest training state, decision by decision."""
     found: dict[str, Any] = {}
     for task in DRIFT_TASKS:
@@ -211,7 +216,7 @@ def drift(console: Console, episodes: int) -> None:  # noqa: ARG001 - every stag
         write_json(RESULTS / "drift.json", found)
 
 
-def cost(console: Console, episodes: int) -> None:  # noqa: ARG001 - every stage is called alike
+def cost(console: Console, episodes: int, tasks: Sequence[str]) -> None:  # noqa: ARG001 - every stage is called alike
     """Measure the time and memory of one distillation, in a process of its own."""
     measured = {}
     for task in ("ogbench/cube-single-task4", "ogbench/scene-task4"):
@@ -227,7 +232,7 @@ def cost(console: Console, episodes: int) -> None:  # noqa: ARG001 - every stage
     write_json(RESULTS / "cost.json", {"machine": machine(), "results": measured})
 
 
-RUN: dict[str, Callable[[Console, int], None]] = {
+RUN: dict[str, Callable[[Console, int, Sequence[str]], None]] = {
     "rollouts": rollouts,
     "counts": counts,
     "offline": offline,
@@ -248,8 +253,13 @@ def report() -> None:
         ("drift", report_drift),
         ("cost", report_cost),
     ):
-        if (RESULTS / f"{name}.json").exists():
+        if (RESULTS / name).is_dir() or (RESULTS / f"{name}.json").exists():
             insert(readme, name, write())
+
+
+def results_of(stage: str) -> Comparison:
+    """Return all tasks' results of a stage."""
+    return comparison_of([one for path in sorted((RESULTS / stage).glob("*.json")) for one in read_results(path)])
 
 
 def pooled(comparison: Comparison, method: str, task: str) -> SuccessRate:
@@ -280,7 +290,11 @@ def mean(comparison: Comparison, method: str, tasks: Sequence[str]) -> MeanRate:
 
 def report_rollouts() -> str:
     """Return the main table and draw its figure."""
-    comparison = comparison_of(read_results(RESULTS / "rollouts.json"))
+    learned = results_of("rollouts")
+    zero_shot = [
+        one for one in read_results(ZERO_SHOT) if one["label"] in ("base", "FRS, K = 5") and one["env"] in learned.tasks
+    ]
+    comparison = comparison_of([*zero_shot, *learned.results])
     methods = {"base": "base", "frs": "FRS", "bc": "bc", "dsbc": "dsbc"}
     success_bars(
         {
@@ -304,7 +318,7 @@ def report_rollouts() -> str:
 
 def report_counts() -> str:
     """Return the table against the number of rollouts and draw its figure."""
-    comparison = comparison_of(read_results(RESULTS / "counts.json"))
+    comparison = results_of("counts")
     done = [task for task in CURVE_TASKS if task in comparison.tasks]
     lines: dict[str, dict[float, Any]] = {
         method: {count: mean(comparison, f"{method}, {count} rollouts", done) for count in ROLLOUT_COUNTS}
@@ -315,7 +329,7 @@ def report_counts() -> str:
         HERE / "counts.png",
         xlabel="successful rollouts",
         title="Against the number of rollouts",
-        subtitle=f"Mean over {', '.join(task.split('/')[1] for task in done)}, {len(SEEDS)} training seeds",
+        subtitle=f"Mean over {', '.join(task.split('/')[1] for task in done)}, {len(CURVE_SEEDS)} training seeds",
         scale="log",
     )
     rows = ["| rollouts | bc | dsbc |", "| ---: | ---: | ---: |"]
@@ -326,10 +340,11 @@ def report_counts() -> str:
 
 def report_offline() -> str:
     """Return the tables of learning from demonstrations and of what inversion misses."""
-    comparison = comparison_of(read_results(RESULTS / "offline.json"))
+    comparison = results_of("offline")
     methods = ["bc", "dsbc, euler", "dsbc, exact"]
     exact, bc = mean(comparison, "dsbc, exact", TASKS), mean(comparison, "bc", TASKS)
-    found = json.loads((RESULTS / "inversion.json").read_text())
+    names = {task: RESULTS / "inversion" / f"{task.split('/')[1]}.json" for task in TASKS}
+    found = {task: json.loads(path.read_text()) for task, path in names.items() if path.exists()}
     lines = [*table(comparison, methods), "", f"DSBC (exact inversion) minus BC: {Difference(exact, bc)} points.", ""]
     lines += ["| task | noises by | error, median | 90% | 99% | flagged | noise, root mean square |"]
     lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
@@ -343,7 +358,7 @@ def report_offline() -> str:
 
 def report_dagger() -> str:
     """Return the table of rounds and draw its figure."""
-    comparison = comparison_of(read_results(RESULTS / "dagger.json"))
+    comparison = results_of("dagger")
     rounds = json.loads((RESULTS / "dagger-rounds.json").read_text())
     lines = ["| task | round | success without help | expert's share of decisions | corrections |"]
     lines += ["| --- | ---: | ---: | ---: | ---: |"]

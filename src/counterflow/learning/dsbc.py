@@ -14,8 +14,9 @@ decay, an ensemble whose members each hold out other episodes, and stopping each
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,10 @@ from counterflow.policies.ensemble import EnsembleMLP
 from counterflow.random import check_seed, child_seed, generator
 from counterflow.steering.learned import ChunkRegressor, RegressorConfig
 
+# The noise of a commanded gripper is several times the prior's own: a bound of 3 would cut off what it says.
+BOUND_QUANTILE = 0.999
+SMALLEST_BOUND = 1.0
+
 
 @dataclass(frozen=True)
 class DSBCConfig:
@@ -39,7 +44,7 @@ class DSBCConfig:
         regressor: the network, what it looks at and what it predicts.
         steps: updates at most.
         batch_size: examples in a member's batch.
-        learning_rate: of AdamW.
+        learning_rate: of AdamW at first; it falls to nothing along a cosine.
         weight_decay: AdamW's.
         dropout: share of hidden neurons left out.
         input_noise: standard deviation of the noise on the normalised inputs.
@@ -55,7 +60,7 @@ class DSBCConfig:
     regressor: RegressorConfig = field(default_factory=RegressorConfig)
     steps: int = 3_000
     batch_size: int = 128
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 1e-2
     dropout: float = 0.1
     input_noise: float = 0.1
@@ -214,8 +219,11 @@ class DSBCLearner:
         device: torch.device | str = "cpu",
         initial: ChunkRegressor | None = None,
     ) -> None:
-        self.config, self.step = config, 0
         check_seed(seed)
+        if config.regressor.bound is None and config.regressor.target == "noise":
+            bound = float(np.quantile(np.abs(examples.targets), BOUND_QUANTILE))
+            config = replace(config, regressor=replace(config.regressor, bound=max(bound, SMALLEST_BOUND)))
+        self.config, self.step = config, 0
         inputs = torch.from_numpy(examples.inputs)
         targets = torch.from_numpy(examples.targets.reshape(len(inputs), -1))
         if initial is None:
@@ -271,6 +279,8 @@ class DSBCLearner:
         losses = regression_loss(
             self.regressor.network, self._inputs, self._targets, self.draw(), self.config.input_noise
         )
+        for group in self._optimiser.param_groups:
+            group["lr"] = self.config.learning_rate * (1 + math.cos(math.pi * self.step / self.config.steps)) / 2
         self._optimiser.zero_grad()
         losses.sum().backward()  # members share nothing, so each gets the gradient of its own loss
         self._optimiser.step()

@@ -48,7 +48,8 @@ class RegressorConfig:
         members: M, networks in the ensemble; their mean is what counts.
         width: neurons of a hidden layer.
         depth: hidden layers.
-        bound: outputs are clamped to [-bound, bound], in units of the noise; None: not at all.
+        bound: outputs are clamped to [-bound, bound], in units of the noise; None: not at all (a noise policy in training
+            then takes the size that one noise entry in a thousand of its data exceeds).
 
     Raises:
         UnknownNameError: no such target or kind of input.
@@ -60,7 +61,7 @@ class RegressorConfig:
     members: int = 5
     width: int = 256
     depth: int = 2
-    bound: float | None = 3.0
+    bound: float | None = None
 
     def __post_init__(self) -> None:
         """Check names and numbers."""
