@@ -196,8 +196,7 @@ class TestStart:
 
     def test_the_bound_clamps_every_member(self, known: Known, observations: Tensor) -> None:
         chunk = torch.full((HORIZON, DIM), 2.5)
-        bounded = saying(known, chunk, spread=2.0)  # members say 4.5 and 0.5; the first is brought to 3
-        assert bounded.config.bound == 3.0
+        bounded = saying(known, chunk, spread=2.0, bound=3.0)  # members say 4.5 and 0.5; the first is brought to 3
         torch.testing.assert_close(
             steer_learned(known, bounded).act(observations).noise, torch.full((5, HORIZON, DIM), 1.75)
         )
