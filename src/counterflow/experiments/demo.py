@@ -20,7 +20,7 @@ FILMED = "ogbench/scene-task4"
 BASE, STEERED = "base policy", "steered (FRS)"
 
 
-def demo(console: Console, out: Path, episodes: int = 16, seed: int = 0) -> Comparison:
+def demo(console: Console, out: Path, episodes: int = 10, seed: int = 0) -> Comparison:
     """Compare base and Flow Reversal Steering on three tasks; leave a table, a figure and a video in `out`.
 
     Args:
