@@ -56,7 +56,7 @@ DRIFT_EPISODES, DRIFT_DECISIONS = 30, 40
 FAMILIES = {"ogbench/cube-single": CUBE_TASKS, "ogbench/scene": SCENE_TASKS}
 
 DSBC = DSBCConfig()
-BC = replace(DSBC, regressor=RegressorConfig(target="action"))
+BC = replace(DSBC, regressor=RegressorConfig(target="action", bound=None))
 CONFIGS = {"dsbc": DSBC, "bc": BC}
 
 

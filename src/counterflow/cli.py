@@ -240,7 +240,8 @@ class Record:
             )
         console.print(
             f"{recorded.successes} of {recorded.episodes} episodes succeeded ({recorded.made} made now):\n  {recorded.path}\n"
-            f"next: counterflow distill {recorded.path} --env {self.env} --out noise-policy"
+            f"next: counterflow distill {recorded.path} --env {self.env} --out noise-policy",
+            soft_wrap=True,  # a command to copy stays in one line
         )
 
 
@@ -356,7 +357,7 @@ class Dagger:
                 f"made {100 * one.interventions:.0f}% of the decisions, {one.corrections} corrections"
             )
         last = self.out / f"round-{self.rounds}.safetensors"
-        console.print(f"  {last}\nnext: counterflow eval {self.env} --steer dsbc --noise-policy {last}")
+        console.print(f"  {last}\nnext: counterflow eval {self.env} --steer dsbc --noise-policy {last}", soft_wrap=True)
 
 
 @dataclass(frozen=True)

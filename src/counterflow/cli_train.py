@@ -101,7 +101,8 @@ class Distill:
         console.print(
             f"{made['examples']:,} examples of {made['episodes']} episodes, {made['updates']} updates\n"
             f"  {weights_path(self.out)}\n"
-            f"next: counterflow eval {self.env or 'TASK'} --steer {steer} --noise-policy {weights_path(self.out)}"
+            f"next: counterflow eval {self.env or 'TASK'} --steer {steer} --noise-policy {weights_path(self.out)}",
+            soft_wrap=True,  # a command to copy stays in one line
         )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from counterflow.data import collect
-from counterflow.data.npz import write_npz
+from counterflow.data.npz import save_npz
 from counterflow.errors import InvalidInputError, MismatchError, StorageError, UnknownNameError, WorkerError
 
 CUBE = "ogbench/cube-single"
@@ -142,13 +142,13 @@ class TestInterruption:
     ) -> None:
         out, written = tmp_path / "cube.npz", []
 
-        def full(path: Path, columns: Any) -> None:
+        def full(path: Path, arrays: Any) -> None:
             if len(written) == 2:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             written.append(path)
-            write_npz(path, columns)
+            save_npz(path, arrays)
 
-        monkeypatch.setattr("counterflow.data.store.write_npz", full)
+        monkeypatch.setattr("counterflow.data.store.save_npz", full)
         with pytest.raises(StorageError, match=r"the disk is full.*episodes finished so far are safe") as raised:
             small(out)
         assert str(raised.value).count("the disk is full") == 1

@@ -340,9 +340,6 @@ class TestRun:
         found = again(arrays["observations"][decided], arrays["noise"][decided])
         np.testing.assert_allclose(found, arrays["chunks"][decided], atol=0.011)
 
-    @pytest.mark.xfail(
-        reason="decisions whose noise wasn't found have noise zero at start_time 0, as if it were theirs"
-    )
     def test_decisions_at_the_beginning_of_the_flow_have_a_noise_that_gives_them(
         self, ran: tuple[Path, list[Round]]
     ) -> None:
@@ -416,7 +413,6 @@ class TestRun:
         assert len(opened) == count
         assert files(cut) == files(out)
 
-    @pytest.mark.xfail(reason="settings are written at the end of the first round only")
     def test_other_settings_are_refused_after_an_interrupted_first_round(
         self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -431,7 +427,6 @@ class TestRun:
         with pytest.raises(TrainingError, match="other settings"):
             run(data, tmp_path, config=DAggerConfig(DSBCConfig(CONFIG.distillation.regressor, steps=3), steps=5))
 
-    @pytest.mark.xfail(raises=TrainingError, reason="a rule is named by its repr, which holds an address in memory")
     @pytest.mark.parametrize("kind", ["own", "by hand"])
     def test_rules_of_ones_own_can_be_gone_on_with(
         self, kind: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

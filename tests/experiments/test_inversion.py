@@ -109,7 +109,6 @@ class TestRealDemonstrations:
         shown = torch.from_numpy(before.arrays["observations"])
         np.testing.assert_array_equal(after.arrays["features"], prior.features(prior.encode(shown)).numpy())
 
-    @pytest.mark.xfail(reason="arrays beside observations and actions are not read, so they are left out")
     def test_further_arrays_stay(self, demonstrations: Path, inverted: Inverted) -> None:
         np.testing.assert_array_equal(read(inverted.path)["rewards"], read(demonstrations)["rewards"])
 
@@ -248,9 +247,6 @@ class TestFlags:
         plain, _ = add_noises(rollouts([[0.5, -0.5]]), FieldPolicy(straight, SPEC), InversionSettings())
         np.testing.assert_allclose(arrays["noise"], plain["noise"], atol=1e-6)
 
-    @pytest.mark.xfail(
-        raises=InvalidInputError, reason="denoise refuses the whole batch for one noise that isn't finite"
-    )
     def test_a_flow_that_runs_away_is_flagged_and_spoils_nothing(self) -> None:
         def away(x: Tensor, t: Tensor, observation: Tensor) -> Tensor:
             return torch.where(observation[:, :1, None] > 0, -1e30 * x, straight(x, t, observation))
@@ -333,7 +329,6 @@ class TestRefusals:
         with pytest.raises(StorageError, match="can't write"):
             invert_dataset(demonstrations, TASK, tmp_path / "file" / "o.npz")
 
-    @pytest.mark.xfail(reason="the old description stays beside the new noises until the new one is written")
     def test_a_kill_between_the_two_files_is_noticed(
         self, demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -189,7 +189,6 @@ class TestStart:
         shown = torch.arange(12.0).reshape(2, 2, 3)
         torch.testing.assert_close(steer_learned(images, made).act(shown).noise, made(shown.reshape(2, 6)))
 
-    @pytest.mark.xfail(raises=IndexError, reason="inputs_of flattens (B,) from dimension 1, which it doesn't have")
     def test_an_observation_may_be_a_single_number(self, prior: FieldPolicy, means: Tensor) -> None:
         made = regressor(prior, count=1, inputs="observation")
         torch.testing.assert_close(steer_learned(prior, made).act(means).noise, made(means[:, None]))
@@ -506,7 +505,6 @@ class TestOnDisk:
         with pytest.raises(CheckpointError, match="does not hold the network that it describes"):
             ChunkRegressor.load(saved)
 
-    @pytest.mark.xfail(raises=KeyError, reason="load reads the provenance outside of the block that explains damage")
     def test_a_description_without_a_provenance(self, saved: Path) -> None:
         rewrite(saved, drop=("provenance",))
         with pytest.raises(CheckpointError):

@@ -78,6 +78,14 @@ class EpisodeDataset:
         return cls(arrays, starts, lengths)
 
     @classmethod
+    def load_all(cls, path: Path | str) -> EpisodeDataset:
+        """Load an archive with every array that it holds; see `load`."""
+        path = Path(path)
+        with _damage_explained(path):
+            keys = [name for name in names_of(path) if name not in REQUIRED]
+        return cls.load(path, keys=keys)
+
+    @classmethod
     def from_episodes(cls, episodes: Sequence[Mapping[str, Array]]) -> EpisodeDataset:
         """Make a dataset of rollouts, for example of a gymnasium environment.
 

@@ -114,12 +114,13 @@ def dagger(
         "episodes": episodes,
         "seed": check_seed(seed),
         "config": asdict(config),
-        "rule": repr(make_rule()),
+        "rule": _name_of(make_rule()),
     }
     done = _rounds_so_far(out, settings)
+    write_json(out / "rounds.json", {"settings": settings, "rounds": [asdict(one) for one in done]})
     path = out / "round-0.safetensors"
     if not path.exists():
-        learn(beginning, [], config, seed=child_seed(seed, "round", 0)).save(path)
+        learn(beginning, [], config, seed=seed).save(path)
     expert = (lambda: oracle_expert(env)) if make_expert is None else make_expert
     vector = None
     try:
@@ -142,9 +143,7 @@ def dagger(
                         dataset.append(SteeringEpisode(env, episode.seed, index, episode.success, source, arrays))
                 recorded = [one for one in dataset.episodes if one.source == source]
                 corrections = corrections_of(dataset, config.distillation.regressor.inputs)
-                learned = learn(
-                    beginning, corrections, config, seed=child_seed(seed, "round", number + 1), initial=regressor
-                )
+                learned = learn(beginning, corrections, config, seed=seed, initial=regressor)
                 learned.provenance |= {"algorithm": "dagger", "round": number + 1, "settings": settings}
                 learned.save(out / f"round-{number + 1}.safetensors")
                 done.append(_summary(number, recorded, corrections_of_episodes(recorded)))
@@ -335,7 +334,9 @@ def _corrected(prior: BasePolicy, arrays: dict[str, npt.NDArray[Any]], steps: in
     first_steps = np.cumsum(arrays["executed"]) - arrays["executed"]
     noise = arrays["noise"].copy()
     noise[arrays["intervened"]] = arrays["step_noise"][first_steps[arrays["intervened"]]]
-    return arrays | {"noise": noise}
+    # What no noise gives, as a chunk that the episode's end cut off, must not be learned from: no noise lies at t = 1.
+    lost = arrays["intervened"] & ~arrays["step_noise_valid"][first_steps]
+    return arrays | {"noise": noise, "start_time": np.where(lost, 1.0, arrays["start_time"]).astype(np.float32)}
 
 
 def _disagreement(
@@ -347,6 +348,12 @@ def _disagreement(
         members = regressor.members(torch.from_numpy(shown))
     spread: npt.NDArray[np.float64] = members.std(0, correction=0).mean((1, 2)).double().cpu().numpy()
     return spread
+
+
+def _name_of(rule: InterventionRule) -> str:
+    """Return a name that stays the same from call to call: a rule's settings, or its class where it does not tell them."""
+    tells = type(rule).__repr__ is not object.__repr__
+    return repr(rule) if tells else f"{type(rule).__module__}.{type(rule).__qualname__}"
 
 
 def _summary(number: int, episodes: Sequence[SteeringEpisode], corrections: int) -> Round:

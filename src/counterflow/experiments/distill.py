@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -85,7 +86,7 @@ def _of_archive(path: Path, config: DSBCConfig, first: int | None) -> NoiseExamp
     for index in range(count):
         episode = dataset.episode(index)
         starts = np.flatnonzero(episode["noise_valid"])
-        shown.append(episode[inputs][starts].reshape(len(starts), -1))
+        shown.append(episode[inputs][starts].reshape(len(starts), math.prod(episode[inputs].shape[1:])))
         if config.regressor.target == "noise":
             targets.append(episode["noise"][starts])
         else:

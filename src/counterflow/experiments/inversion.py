@@ -117,16 +117,19 @@ def invert_chunks(
     find = invert if settings.method == "exact" else reverse
     noise: Tensor = find(field, chunks, settings.steps)
     errors = _errors(field, noise, chunks, settings.steps)
-    if settings.iterations and bool((errors > settings.tolerance).any()):
+    if settings.iterations and not bool((errors <= settings.tolerance).all()):
         refined = refine(field, chunks, settings.steps, noise, iterations=settings.iterations, penalty=settings.penalty)
         again = _errors(field, refined, chunks, settings.steps)
-        better = (again < errors) & (errors > settings.tolerance)
+        better = ((again < errors) & (errors > settings.tolerance)) | (errors.isnan() & ~again.isnan())
         noise, errors = torch.where(better[:, None, None], refined, noise), torch.where(better, again, errors)
     return noise, errors
 
 
 def _errors(field: Any, noise: Tensor, chunks: Tensor, steps: int) -> Tensor:
-    return flatten_rows(denoise(field, noise, steps) - chunks).abs().amax(1)
+    """Return by how much denoising misses, (B,); NaN where the noise is not finite: a flow that runs away gives none."""
+    finite = torch.isfinite(noise).flatten(1).all(1)
+    missed = flatten_rows(denoise(field, torch.where(finite[:, None, None], noise, 0.0), steps) - chunks).abs().amax(1)
+    return torch.where(finite, missed, torch.nan)
 
 
 def invert_dataset(
@@ -160,12 +163,14 @@ def invert_dataset(
     if out.suffix != ".npz":
         raise InvalidInputError(f"the noises should go to {out}; expected a name that ends in '.npz'.")
     prior = load_prior(spec.name, policy, device)
-    dataset = step_episodes(path) if path.is_dir() else EpisodeDataset.load(path)
+    dataset = step_episodes(path) if path.is_dir() else EpisodeDataset.load_all(path)
     check_dataset(dataset, spec, path)
     arrays, found = add_noises(dataset, prior, settings, on_progress)
     binding = binding_of(prior, settings.steps)
     with replacing(out) as temporary:
         save_npz(temporary, arrays)
+        # Before the new noises come: a kill must not leave them beside a description of others.
+        out.with_suffix(".json").unlink(missing_ok=True)
     result = Inverted(out, **found)
     write_json(
         out.with_suffix(".json"),
@@ -218,7 +223,7 @@ def add_noises(
         if on_progress is not None:
             on_progress(min(first + settings.batch_size, len(starts)), len(starts))
     finite = np.isfinite(noise).all((1, 2))
-    noise[~finite] = 0.0  # a flow that runs away gives no noise; its error says so
+    noise[~finite] = 0.0  # its error is NaN
     valid = (errors <= settings.tolerance) & finite
     terminals = np.zeros(rows, bool)
     terminals[ends - 1] = True

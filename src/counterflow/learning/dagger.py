@@ -116,7 +116,7 @@ class Uncertain:
 class ByHand:
     """Whoever watches decides: a function that is asked before each decision, for example whether a key is held."""
 
-    asked: Callable[[], bool]
+    asked: Callable[[], bool] = field(repr=False)
 
     def reset(self) -> None:
         """Begin an episode."""

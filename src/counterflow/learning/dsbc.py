@@ -14,9 +14,10 @@ decay, an ensemble whose members each hold out other episodes, and stopping each
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,10 +31,6 @@ from counterflow.policies import Normaliser
 from counterflow.policies.ensemble import EnsembleMLP
 from counterflow.random import check_seed, child_seed, generator
 from counterflow.steering.learned import ChunkRegressor, RegressorConfig
-
-# The noise of a commanded gripper is several times the prior's own: a bound of 3 would cut off what it says.
-BOUND_QUANTILE = 0.999
-SMALLEST_BOUND = 1.0
 
 
 @dataclass(frozen=True)
@@ -60,13 +57,13 @@ class DSBCConfig:
     regressor: RegressorConfig = field(default_factory=RegressorConfig)
     steps: int = 3_000
     batch_size: int = 128
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     weight_decay: float = 1e-2
     dropout: float = 0.1
     input_noise: float = 0.1
     held_out: float = 0.2
     evaluate_every: int = 50
-    patience: int = 10
+    patience: int = 20
 
     def __post_init__(self) -> None:
         """Check every setting."""
@@ -220,9 +217,6 @@ class DSBCLearner:
         initial: ChunkRegressor | None = None,
     ) -> None:
         check_seed(seed)
-        if config.regressor.bound is None and config.regressor.target == "noise":
-            bound = float(np.quantile(np.abs(examples.targets), BOUND_QUANTILE))
-            config = replace(config, regressor=replace(config.regressor, bound=max(bound, SMALLEST_BOUND)))
         self.config, self.step = config, 0
         inputs = torch.from_numpy(examples.inputs)
         targets = torch.from_numpy(examples.targets.reshape(len(inputs), -1))
@@ -236,8 +230,7 @@ class DSBCLearner:
                     examples.binding,
                 )
         else:
-            initial.binding.check(examples.binding, "the noise policy to go on from")
-            self.regressor = initial.requires_grad_(True)
+            self.regressor = _copy_of(initial, examples.binding, config.regressor)
         self.regressor.to(device).train()
         self._rng = generator(child_seed(seed, "distillation"), device)
         self._inputs = self.regressor.prepare(inputs.to(device))
@@ -337,6 +330,16 @@ class DSBCLearner:
         """Return what is worth recording about the training, as plain values."""
         held_out = [round(float(loss), 6) for loss in self.held_out_loss if torch.isfinite(loss)]
         return {"updates": self.step, "held_out_loss": held_out, "examples": len(self._inputs)}
+
+
+def _copy_of(initial: ChunkRegressor, binding: Binding, wanted: RegressorConfig) -> ChunkRegressor:
+    """Return a copy to train further, after checking that it is for these noises and of this architecture."""
+    initial.binding.check(binding, "the noise policy to go on from")
+    if initial.config != wanted:
+        raise MismatchError(
+            f"the noise policy to go on from is {initial.config}; the settings say {wanted}. Use the same, or begin anew."
+        )
+    return copy.deepcopy(initial).requires_grad_(True)
 
 
 def hold_out(episodes: npt.NDArray[np.int64], members: int, fraction: float, seed: int) -> npt.NDArray[np.bool_]:

@@ -48,8 +48,8 @@ class RegressorConfig:
         members: M, networks in the ensemble; their mean is what counts.
         width: neurons of a hidden layer.
         depth: hidden layers.
-        bound: outputs are clamped to [-bound, bound], in units of the noise; None: not at all (a noise policy in training
-            then takes the size that one noise entry in a thousand of its data exceeds).
+        bound: outputs are clamped to [-bound, bound], in units of the noise; None: not at all. A commanded gripper's noise
+            goes beyond 3, yet bounding it there helps: what lies beyond is where the network extrapolates.
 
     Raises:
         UnknownNameError: no such target or kind of input.
@@ -59,9 +59,9 @@ class RegressorConfig:
     target: Target = "noise"
     inputs: Inputs = "features"
     members: int = 5
-    width: int = 256
+    width: int = 128
     depth: int = 2
-    bound: float | None = None
+    bound: float | None = 3.0
 
     def __post_init__(self) -> None:
         """Check names and numbers."""
@@ -142,7 +142,8 @@ class ChunkRegressor(nn.Module):
             raise MismatchError(
                 "this network looks at observations, and none, or several kinds, are here. Train it on features instead."
             )
-        return torch.as_tensor(observation).flatten(1)
+        seen = torch.as_tensor(observation)
+        return seen.reshape(len(seen), -1)
 
     def description(self) -> dict[str, Any]:
         """Return everything but the numbers, as plain values."""
@@ -197,12 +198,12 @@ class ChunkRegressor(nn.Module):
                 Binding.from_json(content["binding"]),
             )
             regressor.load_state_dict(tensors)
+            regressor.provenance = content["provenance"]
         except (KeyError, TypeError, RuntimeError, CounterflowError) as error:
             raise CheckpointError(
                 f"{path} does not hold the network that it describes: {error}. It was changed or damaged; fetch or train it "
                 "again."
             ) from error
-        regressor.provenance = content["provenance"]
         check_unchanged(path, content, regressor.description(), regressor.tensors())
         return regressor.to(device).requires_grad_(False).eval()
 
