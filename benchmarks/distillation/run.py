@@ -253,7 +253,8 @@ def report() -> None:
         ("drift", report_drift),
         ("cost", report_cost),
     ):
-        if (RESULTS / name).is_dir() or (RESULTS / f"{name}.json").exists():
+        measured = (RESULTS / name).is_dir() or (RESULTS / f"{name}.json").exists()
+        if measured and f"<!-- {name}:" in readme.read_text():
             insert(readme, name, write())
 
 
