@@ -524,7 +524,7 @@ class Demo:
 
     out: Path = Path("demo")
     """Where to leave the figure, the video and the numbers."""
-    episodes: int = 10
+    episodes: int = 8
     """Episodes for each method on each task."""
     seed: int = 0
     """What every episode descends from."""

@@ -20,7 +20,7 @@ FILMED = "ogbench/scene-task4"
 BASE, STEERED = "base policy", "steered (FRS)"
 
 
-def demo(console: Console, out: Path, episodes: int = 10, seed: int = 0) -> Comparison:
+def demo(console: Console, out: Path, episodes: int = 8, seed: int = 0) -> Comparison:
     """Compare base and Flow Reversal Steering on three tasks; leave a table, a figure and a video in `out`.
 
     Args:
@@ -59,7 +59,7 @@ def demo(console: Console, out: Path, episodes: int = 10, seed: int = 0) -> Comp
     console.print(f"figure   {success_bars(groups, out / 'success.png', title='Steered by coarse directions')}")
     try:
         with console.status(f"filming {FILMED}"):
-            path = film(FILMED, out / "base-and-steered.mp4", seed=seed)
+            path = film(FILMED, out / "base-and-steered.mp4", seed=seed, tries=2)
         console.print(f"video    {path}")
     except (RenderingError, MissingDependencyError) as error:
         console.print(f"no video: {error}")
