@@ -23,7 +23,7 @@ from counterflow.experiments.distill import examples_of
 from counterflow.experiments.evaluate import check_episodes, load_prior, open_env
 from counterflow.experiments.inversion import InversionSettings
 from counterflow.experiments.record import arrays_of, step_noises
-from counterflow.experiments.rollout import Decision, Episode, decision_of, policy_features
+from counterflow.experiments.rollout import Decision, Episode, decision_of
 from counterflow.files import write_json
 from counterflow.learning import NoiseExamples
 from counterflow.learning.dagger import DAggerConfig, InterventionRule, Situation, Stalled, learn
@@ -107,15 +107,17 @@ def dagger(
     config, out = DAggerConfig() if config is None else config, Path(out)
     prior = load_prior(env, policy)
     beginning = examples_of(data, config.distillation, env=None, first=first)
-    settings = {
-        "env": env,
-        "data": str(data),
-        "first": first,
-        "episodes": episodes,
-        "seed": check_seed(seed),
-        "config": asdict(config),
-        "rule": _name_of(make_rule()),
-    }
+    settings = _plain(
+        {
+            "env": env,
+            "data": str(data),
+            "first": first,
+            "episodes": episodes,
+            "seed": check_seed(seed),
+            "config": asdict(config),
+            "rule": _name_of(make_rule()),
+        }
+    )
     done = _rounds_so_far(out, settings)
     write_json(out / "rounds.json", {"settings": settings, "rounds": [asdict(one) for one in done]})
     path = out / "round-0.safetensors"
@@ -127,9 +129,7 @@ def dagger(
         with SteeringDataset.create_or_open(out / "rollouts", beginning.binding) as dataset:
             for number in range(len(done), rounds):
                 regressor = ChunkRegressor.load(out / f"round-{number}.safetensors")
-                source = dataset.add_source(
-                    {"recording": "dagger", "round": number, **json.loads(json.dumps(settings))}
-                )
+                source = dataset.add_source({"recording": "dagger", "round": number, **settings})
                 seeds = [child_seed(seed, "round", number, index) for index in range(episodes)]
                 missing = {one: index for index, one in enumerate(seeds) if not dataset.has(source, env, index)}
                 if missing:
@@ -192,7 +192,10 @@ def run_with_expert(
     fresh = {row: begin(row) for row in range(min(rows, len(seeds)))}
     batch = env.reset({row: fresh.get(row, 0) for row in range(rows)})
     while playing:
-        before, features = batch.observation, policy_features(policy, batch.observation)
+        before = batch.observation
+        # Computed for all rows, so that the batch keeps its shape and a row's noise never depends on who acts in others.
+        plan = policy.act(torch.from_numpy(before), None, noise)
+        features = None if plan.features is None else plan.features.float().cpu().numpy()
         disagreement = _disagreement(regressor, before, features)
         for row in playing:
             situation = Situation(remaining(batch.view(row)), disagreement[row], since[row], expert_acts[row])
@@ -206,16 +209,13 @@ def run_with_expert(
         theirs = [row for row in sorted(playing) if expert_acts[row]]
         ours = [row for row in sorted(playing) if not expert_acts[row]]
         made: dict[int, tuple[Decision, bool, bool]] = {}  # decision, success, done
-        # Computed for all rows, so that the batch keeps its shape and a row's noise never depends on who acts in others.
-        plan = policy.act(torch.from_numpy(before), None, noise)
         if theirs:
             for row, decision, success, over in _expert_chunks(env, batch, theirs, experts, spec, features):
                 made[row] = decision, success, over
         if ours:
             after = env.execute(plan.actions.cpu().numpy(), rows=ours)
             for row in ours:
-                path = np.concatenate([before[row][None], after.paths[row][:-1]])
-                decision = decision_of(plan, after, row, path, features)
+                decision = decision_of(plan, after, row, before[row])
                 made[row] = decision, bool(after.success[row]), bool(after.done[row])
         fresh = {}
         for row, (decision, success, over) in sorted(made.items()):
@@ -350,6 +350,12 @@ def _disagreement(
     return spread
 
 
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings as json reads them back, so that they compare equal to those of an earlier call."""
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
+
+
 def _name_of(rule: InterventionRule) -> str:
     """Return a name that stays the same from call to call: a rule's settings, or its class where it does not tell them."""
     tells = type(rule).__repr__ is not object.__repr__
@@ -384,8 +390,8 @@ def _rounds_so_far(out: Path, settings: dict[str, Any]) -> list[Round]:
         found, rounds = content["settings"], [Round(**one) for one in content["rounds"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DatasetError(f"{path} can't be read: {error}. Choose another folder.") from error
-    if found != json.loads(json.dumps(settings)):
-        changed = sorted(name for name in settings if found.get(name) != json.loads(json.dumps(settings[name])))
+    if found != settings:
+        changed = sorted(name for name in settings if found.get(name) != settings[name])
         raise TrainingError(
             f"{out} holds a run with other settings ({', '.join(changed)}). Use the same ones to go on with it, or choose "
             "another folder."

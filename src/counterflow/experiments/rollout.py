@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -200,10 +199,8 @@ def run_episodes(
         actions = plan.actions.cpu().numpy()
         batch = env.execute(actions, rows=active, record=active if film else ())
         if record:
-            features = policy_features(policy, before)
             for row in active:
-                path = np.concatenate([before[row][None], batch.paths[row][:-1]])
-                episodes[playing[row]].decisions.append(decision_of(plan, batch, row, path, features))
+                episodes[playing[row]].decisions.append(decision_of(plan, batch, row, before[row]))
         fresh = {}
         for row in active:
             index = playing[row]
@@ -220,24 +217,11 @@ def run_episodes(
     return episodes
 
 
-def policy_features(policy: SteeredPolicy, observations: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | None:
-    """Return the frozen policy's features (N, F) of observations (N, O), or None if it offers none."""
-    inner: Any = policy
-    while isinstance(inner, SteeredPolicy):
-        inner = inner.base
-    if not hasattr(inner, "features"):
-        return None
-    with torch.no_grad():
-        features: Tensor = inner.features(inner.encode(torch.from_numpy(observations)))
-    return features.float().cpu().numpy()
-
-
 def decision_of(
     plan: Plan,
     batch: Batch,
     row: int,
-    path: npt.NDArray[np.float32],
-    features: npt.NDArray[np.float32] | None,
+    observation: npt.NDArray[np.float32],
 ) -> Decision:
     """Return one row's decision.
 
@@ -245,8 +229,7 @@ def decision_of(
         plan: what was decided.
         batch: what came of it.
         row: the row.
-        path: (T, O) the observations before each executed action.
-        features: (N, F) of all rows, or None.
+        observation: (O,) what it saw before.
     """
     steps = int(batch.steps[row])
     chunk = plan.chunk[row]
@@ -254,8 +237,8 @@ def decision_of(
     if plan.reference is not None and bool(plan.reference.active[row]):
         reference, active, steered = plan.reference.chunk[row], True, plan.reference.steered[row]
     return Decision(
-        observation=path[0],
-        features=None if features is None else features[row],
+        observation=observation,
+        features=None if plan.features is None else _array(plan.features[row]),
         reference=_array(reference),
         active=active,
         steered=steered.cpu().numpy(),
@@ -263,7 +246,7 @@ def decision_of(
         start_time=float(plan.start_time[row]),
         chunk=_array(chunk),
         intervened=False,
-        step_observations=path,
+        step_observations=np.concatenate([observation[None], batch.paths[row][:-1]]),
         step_actions=_array(plan.actions[row, :steps]),
         rewards=batch.rewards[row, :steps].astype(np.float32),
     )

@@ -9,12 +9,11 @@ from counterflow.steering.learned import (
     LearnedNoise,
     RegressorConfig,
     binding_of,
-    features_of,
     steer_learned,
 )
 from counterflow.steering.methods import MethodName, MethodSettings, steer
 from counterflow.steering.start import FlowReversal, Gaussian, PartialNoising, Rng, Start
-from counterflow.steering.steered import Plan, SteeredPolicy
+from counterflow.steering.steered import Plan, SteeredPolicy, features_of
 
 __all__ = [
     "Chain",

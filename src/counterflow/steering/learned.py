@@ -29,7 +29,7 @@ from counterflow.policies.ensemble import EnsembleMLP
 from counterflow.random import draw_normal
 from counterflow.steering.context import SteeringContext
 from counterflow.steering.start import Rng
-from counterflow.steering.steered import SteeredPolicy
+from counterflow.steering.steered import SteeredPolicy, features_of, frozen
 
 Target = Literal["noise", "action"]
 Inputs = Literal["features", "observation"]
@@ -208,32 +208,9 @@ class ChunkRegressor(nn.Module):
         return regressor.to(device).requires_grad_(False).eval()
 
 
-def features_of(policy: BasePolicy, context: SteeringContext) -> Tensor:
-    """Return the frozen policy's own features (B, F) of the observations in a context.
-
-    Raises:
-        MismatchError: the policy offers none.
-    """
-    inner: Any = context.features
-    while isinstance(inner, SteeringContext):
-        inner = inner.features
-    while isinstance(policy, SteeredPolicy):
-        policy = policy.base
-    if not hasattr(policy, "features"):
-        raise MismatchError(
-            f"{type(policy).__name__} offers no features (no method `features(context) -> (B, F)`). Give it one, or record "
-            "and train with observations."
-        )
-    features: Tensor = policy.features(inner)
-    return features
-
-
 def binding_of(policy: BasePolicy, steps: int, solver: str = "euler") -> Binding:
     """Return what noises of this policy belong to when they are denoised in `steps` steps."""
-    inner: Any = policy
-    while isinstance(inner, SteeredPolicy):
-        inner = inner.base
-    spec = policy.action_spec
+    inner, spec = frozen(policy), policy.action_spec
     name = str(getattr(inner, "fingerprint", type(inner).__name__))
     return Binding(name, str(getattr(inner, "family", "")), spec.horizon, spec.dim, steps, solver)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from counterflow.errors import InvalidInputError
+from counterflow.errors import InvalidInputError, MismatchError
 from counterflow.flow import denoise
 from counterflow.policies import ActionSpec, BasePolicy, bind
 from counterflow.random import generator
@@ -49,6 +49,7 @@ class Plan:
         agreement: (B,) cosine between the motion that the reference asked for and the motion that is executed (summed
             over the chunk, translation only where the layout is known); NaN where nobody spoke.
         evaluations: how often each observation's field was evaluated.
+        features: (B, F) the frozen policy's own features of the observations, or None if it offers none.
     """
 
     actions: Tensor
@@ -60,6 +61,7 @@ class Plan:
     round_trip_error: Tensor
     agreement: Tensor
     evaluations: int
+    features: Tensor | None = None
 
 
 class _Counted:
@@ -206,6 +208,7 @@ class SteeredPolicy:
             round_trip_error=chunk.new_empty(0),
             agreement=chunk.new_empty(0),
             evaluations=counter.evaluations * copies,
+            features=features_of(self, context) if hasattr(frozen(self), "features") else None,
         )
         return _with_diagnostics(plan, self.action_spec)
 
@@ -218,6 +221,32 @@ class SteeredPolicy:
             base = counter = _Counted(self.base)
         steered = SteeredPolicy(base, self.start, self.guidance, self.edit, steps=self.steps, solver=self.solver)
         return steered, counter
+
+
+def frozen(policy: BasePolicy) -> Any:
+    """Return the frozen policy under all the steering."""
+    while isinstance(policy, SteeredPolicy):
+        policy = policy.base
+    return policy
+
+
+def features_of(policy: BasePolicy, context: SteeringContext) -> Tensor:
+    """Return the frozen policy's own features (B, F) of the observations in a context.
+
+    Raises:
+        MismatchError: the policy offers none.
+    """
+    inner: Any = context.features
+    while isinstance(inner, SteeringContext):
+        inner = inner.features
+    own = frozen(policy)
+    if not hasattr(own, "features"):
+        raise MismatchError(
+            f"{type(own).__name__} offers no features (no method `features(context) -> (B, F)`). Give it one, or record "
+            "and train with observations."
+        )
+    features: Tensor = own.features(inner)
+    return features
 
 
 def check_steps(steps: int) -> int:
