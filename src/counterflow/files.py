@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from counterflow.errors import StorageError
 
@@ -49,6 +49,24 @@ def replacing(path: Path | str, scratch: Path | None = None) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def take_lock(path: Path) -> IO[str]:
+    """Lock a file, which is made if it is missing; closing what is returned lets others in, and so does a kill.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+        OSError: the file can't be made.
+    """
+    import fcntl  # POSIX only, where the simulators are at home
+
+    lock = path.open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        lock.close()
+        raise
+    return lock
 
 
 def partial_path(path: Path) -> Path:

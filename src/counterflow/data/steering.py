@@ -63,7 +63,7 @@ from counterflow.errors import (
     StorageError,
     UnknownNameError,
 )
-from counterflow.files import reason_of, replacing, write_json
+from counterflow.files import reason_of, replacing, take_lock, write_json
 from counterflow.random import check_seed
 
 Array = npt.NDArray[Any]
@@ -831,21 +831,17 @@ def _locked_or_closed(path: Path, doing: str) -> Iterator[IO[str]]:
     Raises:
         StorageError: another process holds the lock, or the folder can't be made.
     """
-    import fcntl  # POSIX only, where the simulators are at home
-
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / _LOCK).open("w")
+        lock = take_lock(path / _LOCK)
+    except BlockingIOError:
+        raise StorageError(
+            f"another process is recording to {path}. Wait until it has finished, or stop it first, or choose another "
+            "folder and merge them later."
+        ) from None
     except OSError as error:
         raise StorageError(f"{doing} {path} is not possible: {reason_of(error)}. Choose another folder.") from error
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StorageError(
-                f"another process is recording to {path}. Wait until it has finished, or stop it first, or choose another "
-                "folder and merge them later."
-            ) from None
         yield lock
     except BaseException:
         lock.close()

@@ -19,7 +19,7 @@ import counterflow
 from counterflow.data.npz import Column, save_npz, write_npz
 from counterflow.data.recipe import Episode, Recipe
 from counterflow.errors import DatasetError, InvalidInputError, MismatchError, StorageError
-from counterflow.files import reason_of, replacing
+from counterflow.files import reason_of, replacing, take_lock
 
 _WAYS_OUT_OF_A_MISMATCH = (
     "Use the same settings and versions to go on with it, choose another path, or pass overwrite=True to start over."
@@ -76,18 +76,17 @@ class EpisodeStore:
         Raises:
             StorageError: another process holds the lock, or the folder can't be made.
         """
-        import fcntl  # POSIX only, where OGBench's simulator is at home
-
         with self._storing():
             self.partial.mkdir(parents=True, exist_ok=True)
-            lock = (self.partial / "lock").open("w")
-        with lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock = take_lock(self.partial / "lock")
             except BlockingIOError:
-                raise StorageError(
-                    f"another process is collecting to {self.path}. Wait until it has finished, or stop it first."
-                ) from None
+                lock = None
+        if lock is None:
+            raise StorageError(
+                f"another process is collecting to {self.path}. Wait until it has finished, or stop it first."
+            )
+        with lock:
             yield
 
     @contextmanager

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from safetensors import SafetensorError
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from counterflow.errors import CheckpointError, StorageError, TrainingError
-from counterflow.files import reason_of, replacing, save_tensors, storage_error
+from counterflow.files import reason_of, replacing, save_tensors, storage_error, take_lock
 
 
 class Run:
@@ -46,9 +46,8 @@ class Run:
         self._board: Any = None
         with _storing(self.folder):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / ".lock").open("w")
+        self._lock = self._locked()
         try:
-            self._take_lock()
             self._write_or_compare_config()
         except BaseException:
             self._lock.close()
@@ -124,15 +123,15 @@ class Run:
             return []
         return [json.loads(line) for line in self._metrics_path.read_text().splitlines() if _step_of(line) >= 0]
 
-    def _take_lock(self) -> None:
-        import fcntl  # POSIX only, where the simulators are at home
-
+    def _locked(self) -> IO[str]:
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it if this process is killed
+            return take_lock(self.folder / ".lock")
         except BlockingIOError:
             raise TrainingError(
                 f"another process is training in {self.folder}. Wait until it has finished, or choose another folder."
             ) from None
+        except OSError as error:
+            raise storage_error(self.folder, reason_of(error)) from error
 
     def _write_or_compare_config(self) -> None:
         path = self.folder / "config.yaml"
