@@ -1,6 +1,7 @@
 """Steering: a frozen policy with a hand on the wheel at up to three places."""
 
 from counterflow.steering.context import Reference, SteeringContext
+from counterflow.steering.continuation import Continuation, ContinueChunk, continuation_weights
 from counterflow.steering.edit import Chain, Edit, ExecuteReference, Limits, NearestToReference
 from counterflow.steering.guidance import FollowReference, Guidance, Together
 from counterflow.steering.learned import (
@@ -18,6 +19,8 @@ from counterflow.steering.steered import Plan, SteeredPolicy, features_of
 __all__ = [
     "Chain",
     "ChunkRegressor",
+    "Continuation",
+    "ContinueChunk",
     "Edit",
     "ExecuteLearned",
     "ExecuteReference",
@@ -40,6 +43,7 @@ __all__ = [
     "SteeringContext",
     "Together",
     "binding_of",
+    "continuation_weights",
     "features_of",
     "steer",
     "steer_learned",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from counterflow.errors import InvalidInputError, MismatchError
 from counterflow.policies import ActionSpec, repeat_context
+from counterflow.steering.continuation import Continuation
 
 # A reference far outside the normalised action range is a mistake of units, not a coarse hint.
 LARGEST_REFERENCE = 10.0
@@ -88,12 +89,14 @@ class SteeringContext:
         batch_size: B.
         reference: the coarse reference, or None when nobody gave one.
         observation: what the policy was shown, for what was learned from observations; None where it isn't kept.
+        continuation: the chunk that is being executed, or None.
     """
 
     features: Any
     batch_size: int
     reference: Reference | None = None
     observation: Any = None
+    continuation: Continuation | None = None
 
     def repeat_interleave(self, copies: int) -> SteeringContext:
         """Repeat every row `copies` times, neighbours together (for several candidates an observation)."""
@@ -102,4 +105,5 @@ class SteeringContext:
             self.batch_size * copies,
             None if self.reference is None else self.reference.repeat(copies),
             None if self.observation is None else repeat_context(self.observation, copies),
+            None if self.continuation is None else self.continuation.repeat(copies),
         )

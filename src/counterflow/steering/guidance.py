@@ -16,7 +16,12 @@ from counterflow.steering.context import SteeringContext
 
 
 class Guidance(Protocol):
-    """What the flow follows instead of the prior's velocity."""
+    """What the flow follows instead of the prior's velocity.
+
+    A guidance with a true attribute `differentiates` is given x and v with the graph that leads from one to the other, so
+    that it can ask for vector-Jacobian products; what it returns is detached afterwards. Others pay nothing for that.
+    Where x is not a leaf of the graph, somebody further out differentiates what it returns: it then has to keep its own graph.
+    """
 
     def __call__(self, x: Tensor, t: Tensor, v: Tensor, context: SteeringContext) -> Tensor:
         """Return the guided velocity (B, H, A) at state x and time t, where the prior's is v."""
@@ -28,6 +33,11 @@ class Together:
     """Several guidances, each given the velocity that the one before it returned."""
 
     guidances: Sequence[Guidance]
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether one of them needs the velocity with its graph."""
+        return any(getattr(guidance, "differentiates", False) for guidance in self.guidances)
 
     def __call__(self, x: Tensor, t: Tensor, v: Tensor, context: SteeringContext) -> Tensor:
         """Apply them in order."""

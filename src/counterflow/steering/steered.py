@@ -24,6 +24,7 @@ from counterflow.flow import denoise
 from counterflow.policies import ActionSpec, BasePolicy, bind
 from counterflow.random import generator
 from counterflow.steering.context import Reference, SteeringContext
+from counterflow.steering.continuation import Continuation
 from counterflow.steering.edit import Edit
 from counterflow.steering.guidance import Guidance
 from counterflow.steering.start import Gaussian, Rng, Start
@@ -122,29 +123,44 @@ class SteeredPolicy:
         """The device that the base policy computes on."""
         return torch.device(getattr(self.base, "device", "cpu"))
 
-    def encode(self, observation: Any, reference: Reference | None = None) -> SteeringContext:
+    def encode(
+        self, observation: Any, reference: Reference | None = None, continuation: Continuation | None = None
+    ) -> SteeringContext:
         """Encode a batch of observations once, together with the reference, for all three ports.
 
         Args:
             observation: what the base policy takes, leading dimension B.
             reference: the coarse reference (B rows), or None.
+            continuation: the chunk that is being executed (B rows), or None.
 
         Raises:
-            MismatchError: the reference does not fit the observations or the action space.
+            MismatchError: reference or continuation do not fit the observations or the action space.
         """
         rows = _rows_of(observation)
         if reference is not None:
             reference.check(self.action_spec, rows)
             device = self.device
             reference = Reference(reference.chunk.to(device), reference.active.to(device), reference.steered.to(device))
+        if continuation is not None:
+            continuation.check(self.action_spec, rows)
+            continuation = continuation.to(self.device)
         if isinstance(self.base, SteeredPolicy):
-            return SteeringContext(self.base.encode(observation, reference), rows, reference, _as_tensors(observation))
-        return SteeringContext(self.base.encode(observation), rows, reference, _as_tensors(observation))
+            features: Any = self.base.encode(observation, reference, continuation)
+        else:
+            features = self.base.encode(observation)
+        return SteeringContext(features, rows, reference, _as_tensors(observation), continuation)
 
     def velocity(self, context: SteeringContext, x: Tensor, t: Tensor) -> Tensor:
         """Return the guided velocity (B, H, A)."""
-        v = self.base.velocity(context.features, x, t)
-        return v if self.guidance is None else self.guidance(x, t, v, context)
+        if self.guidance is None:
+            return self.base.velocity(context.features, x, t)
+        if not getattr(self.guidance, "differentiates", False):
+            return self.guidance(x, t, self.base.velocity(context.features, x, t), context)
+        with torch.enable_grad():
+            inner = x.requires_grad  # somebody outside differentiates too, and needs the graph to reach their x
+            point = x.view_as(x) if inner else x.detach().requires_grad_()
+            guided = self.guidance(point, t, self.base.velocity(context.features, point, t), context)
+        return guided if inner else guided.detach()
 
     def begin(self, context: SteeringContext, rng: Rng) -> tuple[Tensor, Tensor]:
         """Choose where the flow starts: (x (B, H, A), t (B,))."""
@@ -167,13 +183,21 @@ class SteeredPolicy:
         return chunks if self.edit is None else self.edit(chunks, context)
 
     @torch.no_grad()
-    def act(self, observation: Any, reference: Reference | Tensor | None = None, rng: Rng | int | None = None) -> Plan:
+    def act(
+        self,
+        observation: Any,
+        reference: Reference | Tensor | None = None,
+        rng: Rng | int | None = None,
+        *,
+        continuation: Continuation | None = None,
+    ) -> Plan:
         """Decide on an action chunk for every observation.
 
         Args:
             observation: leading dimension B.
             reference: a `Reference`, or simply a chunk (B, H, A) in normalised units.
             rng: a torch generator, one generator a row, or a seed; None draws a seed from torch's global generator.
+            continuation: the chunk that is being executed meanwhile, for a guidance that continues it (`ContinueChunk`).
 
         Returns:
             The plan: actions in environment units, and how they came about.
@@ -186,7 +210,7 @@ class SteeredPolicy:
             reference = Reference.of(reference)
         if rng is None or isinstance(rng, int):
             rng = generator(int(torch.randint(2**31 - 1, ()))) if rng is None else generator(rng)
-        context = self.encode(observation, reference)
+        context = self.encode(observation, reference, continuation)
         policy, counter = self._counted()
         copies = self.candidates
         wide = context.repeat_interleave(copies) if copies > 1 else context
