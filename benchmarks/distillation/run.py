@@ -29,7 +29,7 @@ from counterflow.experiments.demonstrate import demonstrate
 from counterflow.experiments.distill import distill
 from counterflow.experiments.evaluate import load_prior, machine, open_env
 from counterflow.experiments.figures import mean_curve, success_bars, success_curve
-from counterflow.experiments.inversion import InversionSettings, invert_dataset
+from counterflow.experiments.inversion import InversionSettings, Method, invert_dataset
 from counterflow.experiments.record import record
 from counterflow.experiments.rollout import Episode, run_episodes
 from counterflow.experiments.statistics import Difference, MeanRate, SuccessRate
@@ -48,16 +48,33 @@ TASKS = (*CUBE_TASKS, *SCENE_TASKS)
 ROLLOUTS, ROLLOUT_COUNTS, DEMONSTRATIONS = 18, (3, 10, 18, 50), 20
 CURVE_TASKS = ("ogbench/cube-single-task4", "ogbench/scene-task1")
 SEEDS, CURVE_SEEDS, OFFLINE_SEEDS = (0, 1, 2), (0, 1), (0,)
-Stage = Literal["rollouts", "counts", "offline", "dagger", "drift", "cost"]
+Stage = Literal["rollouts", "settings", "counts", "offline", "dagger", "drift", "cost"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 DAGGER_TASKS, DAGGER_FIRST, DAGGER_ROUNDS = ("ogbench/cube-single-task5", "ogbench/scene-task4"), 3, 4
 DRIFT_TASKS = ("ogbench/cube-single-task4", "ogbench/scene-task1")
 DRIFT_EPISODES, DRIFT_DECISIONS = 30, 40
 FAMILIES = {"ogbench/cube-single": CUBE_TASKS, "ogbench/scene": SCENE_TASKS}
+KINDS: tuple[Method, ...] = ("regularised", "exact", "euler")
 
 DSBC = DSBCConfig()
 BC = replace(DSBC, regressor=RegressorConfig(target="action", bound=None))
 CONFIGS = {"dsbc": DSBC, "bc": BC}
+
+# What is changed, one thing at a time; the noises of the first are found anew by each of these.
+SETTINGS_TASKS, SETTINGS_SEEDS = ("ogbench/cube-single-task5", "ogbench/scene-task1"), (0,)
+NOISES: dict[str, InversionSettings] = {
+    "noises: exact": InversionSettings.of("exact"),
+    **{f"noises: penalty {one:g}": InversionSettings.of("regularised", penalty=one) for one in (0.01, 0.003, 0.0001)},
+}
+CHANGES: dict[str, DSBCConfig] = {
+    "as it is": DSBC,
+    "one network instead of five": replace(DSBC, regressor=RegressorConfig(members=1)),
+    "width 256": replace(DSBC, regressor=RegressorConfig(width=256)),
+    "no input noise": replace(DSBC, input_noise=0.0),
+    "input noise 0.2": replace(DSBC, input_noise=0.2),
+    "no dropout": replace(DSBC, dropout=0.0),
+    "no held-out episodes": replace(DSBC, held_out=0.0),
+}
 
 
 @dataclass(frozen=True)
@@ -65,8 +82,9 @@ class Arguments:
     """Run the distillation benchmark."""
 
     stages: tuple[Stage, ...] = STAGES
-    """rollouts: the main table; counts: against the number of rollouts; offline: from demonstrations; dagger: with an expert at
-    hand; drift: how far policies stray from the training states; cost: time and memory."""
+    """rollouts: the main table; settings: what each of them is worth; counts: against the number of rollouts; offline: from
+    demonstrations; dagger: with an expert at hand; drift: how far policies stray from the training states; cost: time and
+    memory."""
     tasks: tuple[str, ...] = TASKS
     """Run the stages of a table for these tasks alone."""
     episodes: int = 50
@@ -82,8 +100,23 @@ def main() -> None:
     console = Console()
     if not arguments.only_report:
         for stage in arguments.stages:
-            RUN[stage](console, arguments.episodes, arguments.tasks)
+            RUN[stage](Job(console, arguments.episodes, arguments.tasks))
     report()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a stage is told.
+
+    Attributes:
+        console: where to say how far it is.
+        episodes: evaluation episodes for each policy on each task.
+        tasks: the tasks of a table.
+    """
+
+    console: Console
+    episodes: int
+    tasks: Sequence[str]
 
 
 def recording(task: str, successes: int) -> Path:
@@ -103,38 +136,59 @@ def trained(
     return str(out)
 
 
-def evaluate_all(console: Console, path: Path, task: str, contenders: Sequence[Contender], episodes: int) -> None:
+def evaluate_all(job: Job, path: Path, task: str, contenders: Sequence[Contender]) -> None:
     """Evaluate on one task what is missing in the results; a file a task, so that stages and tasks may run side by side."""
     path = path / f"{task.split('/')[1]}.json"
     count, successes = 0, 0
 
     def start(name: str, contender: Contender) -> None:
         nonlocal count, successes
-        console.log(f"{name}, {contender.label}")
+        job.console.log(f"{name}, {contender.label}")
         count, successes = 0, 0
 
     def finish(episode: Episode) -> None:
         nonlocal count, successes
         count, successes = count + 1, successes + episode.success
-        if count == episodes:
-            console.log(f"  {successes} of {count}")
+        if count == job.episodes:
+            job.console.log(f"  {successes} of {count}")
 
-    compare([task], contenders, episodes, 0, path=path, on_start=start, on_episode=finish)
+    compare([task], contenders, job.episodes, 0, path=path, on_start=start, on_episode=finish)
 
 
-def rollouts(console: Console, episodes: int, tasks: Sequence[str]) -> None:
+def settings(job: Job) -> None:
+    """Change one setting at a time, on two tasks."""
+    for task in SETTINGS_TASKS:
+        folder = recording(task, ROLLOUTS)
+        contenders = []
+        for label, config in CHANGES.items():
+            for seed in SETTINGS_SEEDS:
+                name = f"{folder.name}-{label.replace(' ', '-')}"
+                learned = trained("dsbc", name, [folder], seed, ROLLOUTS, config)
+                contenders.append(Contender(f"{label}, seed {seed}", "dsbc", learned=learned))
+        for label, found_by in NOISES.items():
+            archive = DATA / "settings" / f"{folder.name}-{label.replace(': ', '-').replace(' ', '-')}.npz"
+            if not archive.exists():
+                archive.parent.mkdir(parents=True, exist_ok=True)
+                invert_dataset(folder, task, archive, found_by)
+            for seed in SETTINGS_SEEDS:
+                learned = trained("dsbc", archive.stem, [archive], seed, ROLLOUTS)
+                contenders.append(Contender(f"{label}, seed {seed}", "dsbc", learned=learned))
+        evaluate_all(job, RESULTS / "settings", task, contenders)
+
+
+def rollouts(job: Job) -> None:
     """Run BC and DSBC from 18 successful rollouts, three training seeds (base and FRS are the zero-shot benchmark's)."""
-    for task in tasks:
+    for task in job.tasks:
         folder = recording(task, ROLLOUTS)
         contenders = []
         for seed in SEEDS:
             for method in ("bc", "dsbc"):
                 learned = trained(method, f"{folder.name}-{ROLLOUTS}", [folder], seed, ROLLOUTS)
                 contenders.append(Contender(f"{method}, seed {seed}", method, learned=learned))
-        evaluate_all(console, RESULTS / "rollouts", task, contenders, episodes)
+        evaluate_all(job, RESULTS / "rollouts", task, contenders)
 
 
-def counts(console: Console, episodes: int, tasks: Sequence[str]) -> None:  # noqa: ARG001 - every stage is called alike
+def counts(job: Job) -> None:
     """Run both against the number of rollouts."""
     for task in CURVE_TASKS:
         folder = recording(task, max(ROLLOUT_COUNTS))
@@ -144,25 +198,22 @@ def counts(console: Console, episodes: int, tasks: Sequence[str]) -> None:  # no
                 for method in ("bc", "dsbc"):
                     learned = trained(method, f"{folder.name}-{count}", [folder], seed, count)
                     contenders.append(Contender(f"{method}, {count} rollouts, seed {seed}", method, learned=learned))
-        evaluate_all(console, RESULTS / "counts", task, contenders, episodes)
+        evaluate_all(job, RESULTS / "counts", task, contenders)
 
 
-def offline(console: Console, episodes: int, tasks: Sequence[str]) -> None:
+def offline(job: Job) -> None:
     """Run both on oracle demonstrations, with exact inversion and Euler reversal as the source of noises."""
     inversions: dict[str, dict[str, Any]] = {}
-    kinds: tuple[Literal["exact", "euler"], ...] = ("exact", "euler")
-    for task in tasks:
+    for task in job.tasks:
         name = task.split("/")[1]
         demonstrations = DATA / "demonstrations" / f"{name}.npz"
         demonstrate(task, demonstrations, episodes=DEMONSTRATIONS)
         contenders = []
-        for kind in kinds:
+        for kind in KINDS:
             archive = demonstrations.with_name(f"{name}-{kind}.npz")
             # Euler reversal has no tolerance to keep to: what it misses is what is measured.
-            settings = InversionSettings(
-                method="exact" if kind == "exact" else "euler", tolerance=0.01 if kind == "exact" else 100.0
-            )
-            found = invert_dataset(demonstrations, task, archive, settings)
+            how = InversionSettings.of(kind, tolerance=100.0) if kind == "euler" else InversionSettings.of(kind)
+            found = invert_dataset(demonstrations, task, archive, how)
             inversions.setdefault(task, {})[kind] = found.to_json()
             for seed in OFFLINE_SEEDS:
                 learned = trained("dsbc", f"{name}-demonstrations-{kind}", [archive], seed, None)
@@ -172,11 +223,11 @@ def offline(console: Console, episodes: int, tasks: Sequence[str]) -> None:
                 "bc", f"{name}-demonstrations", [demonstrations.with_name(f"{name}-exact.npz")], seed, None
             )
             contenders.append(Contender(f"bc, seed {seed}", "bc", learned=learned))
-        evaluate_all(console, RESULTS / "offline", task, contenders, episodes)
+        evaluate_all(job, RESULTS / "offline", task, contenders)
         write_json(RESULTS / "inversion" / f"{name}.json", inversions[task])
 
 
-def dagger(console: Console, episodes: int, tasks: Sequence[str]) -> None:  # noqa: ARG001 - every stage is called alike
+def dagger(job: Job) -> None:
     """Run DAgger from few rollouts, and evaluate every round's noise policy without help."""
     found: dict[str, Any] = {}
     for task in DAGGER_TASKS:
@@ -188,11 +239,11 @@ def dagger(console: Console, episodes: int, tasks: Sequence[str]) -> None:  # no
             Contender(f"round {number}", "dsbc", learned=str(folder / f"round-{number}.safetensors"))
             for number in range(DAGGER_ROUNDS + 1)
         ]
-        evaluate_all(console, RESULTS / "dagger", task, contenders, episodes)
+        evaluate_all(job, RESULTS / "dagger", task, contenders)
         write_json(RESULTS / "dagger-rounds.json", found)
 
 
-def drift(console: Console, episodes: int, tasks: Sequence[str]) -> None:  # noqa: ARG001 - every stage is called alike
+def drift(job: Job) -> None:
     """Measure how far visited states are from the nearest training state, decision by decision."""
     found: dict[str, Any] = {}
     for task in DRIFT_TASKS:
@@ -212,11 +263,11 @@ def drift(console: Console, episodes: int, tasks: Sequence[str]) -> None:  # noq
                 )
                 distances.append([round(one, 4) for one in torch.cdist(visited, known).amin(1).tolist()])
             found[task][method] = {"success": [episode.success for episode in played], "distances": distances}
-            console.log(f"{task} {method}: mean distance {np.mean(np.concatenate(distances)):.2f}")
+            job.console.log(f"{task} {method}: mean distance {np.mean(np.concatenate(distances)):.2f}")
         write_json(RESULTS / "drift.json", found)
 
 
-def cost(console: Console, episodes: int, tasks: Sequence[str]) -> None:  # noqa: ARG001 - every stage is called alike
+def cost(job: Job) -> None:
     """Measure the time and memory of one distillation, in a process of its own."""
     measured = {}
     for task in ("ogbench/cube-single-task4", "ogbench/scene-task4"):
@@ -228,12 +279,13 @@ def cost(console: Console, episodes: int, tasks: Sequence[str]) -> None:  # noqa
             text=True,
         )
         measured[task] = json.loads(done.stdout.splitlines()[-1])
-        console.log(f"{task}: {measured[task]}")
+        job.console.log(f"{task}: {measured[task]}")
     write_json(RESULTS / "cost.json", {"machine": machine(), "results": measured})
 
 
-RUN: dict[str, Callable[[Console, int, Sequence[str]], None]] = {
+RUN: dict[str, Callable[[Job], None]] = {
     "rollouts": rollouts,
+    "settings": settings,
     "counts": counts,
     "offline": offline,
     "dagger": dagger,
@@ -247,6 +299,7 @@ def report() -> None:
     readme = HERE / "README.md"
     for name, write in (
         ("rollouts", report_rollouts),
+        ("settings", report_settings),
         ("counts", report_counts),
         ("offline", report_offline),
         ("dagger", report_dagger),
@@ -317,6 +370,18 @@ def report_rollouts() -> str:
     )
 
 
+def report_settings() -> str:
+    """Return the table of settings."""
+    comparison = results_of("settings")
+    done = [task for task in SETTINGS_TASKS if task in comparison.tasks]
+    lines = ["| what is changed | " + " | ".join(done) + " |", "| --- |" + " ---: |" * len(done)]
+    rows = {
+        label: " | ".join(cell(pooled(comparison, f"{label}, ", task)) for task in done)
+        for label in (*CHANGES, *NOISES)
+    }
+    return "\n".join([*lines, *(f"| {label} | {cells} |" for label, cells in rows.items())])
+
+
 def report_counts() -> str:
     """Return the table against the number of rollouts and draw its figure."""
     comparison = results_of("counts")
@@ -342,17 +407,17 @@ def report_counts() -> str:
 def report_offline() -> str:
     """Return the tables of learning from demonstrations and of what inversion misses."""
     comparison = results_of("offline")
-    methods = ["bc", "dsbc, euler", "dsbc, exact"]
-    exact, bc = mean(comparison, "dsbc, exact", TASKS), mean(comparison, "bc", TASKS)
+    methods = ["bc", *(f"dsbc, {kind}" for kind in KINDS[::-1])]
+    dsbc, bc = mean(comparison, "dsbc, regularised", TASKS), mean(comparison, "bc", TASKS)
     names = {task: RESULTS / "inversion" / f"{task.split('/')[1]}.json" for task in TASKS}
     found = {task: json.loads(path.read_text()) for task, path in names.items() if path.exists()}
-    lines = [*table(comparison, methods), "", f"DSBC (exact inversion) minus BC: {Difference(exact, bc)} points.", ""]
+    lines = [*table(comparison, methods), "", f"DSBC (regularised noises) minus BC: {Difference(dsbc, bc)} points.", ""]
     lines += ["| task | noises by | error, median | 90% | 99% | flagged | noise, root mean square |"]
     lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
     for task, kinds in found.items():
         for kind, one in kinds.items():
             errors = " | ".join(f"{one['errors'][share]:.1e}" for share in ("50%", "90%", "99%"))
-            flagged = f"{one['flagged']} of {one['chunks']}" if kind == "exact" else ""
+            flagged = f"{one['flagged']} of {one['chunks']}" if kind != "euler" else ""
             lines.append(f"| {task} | {kind} | {errors} | {flagged} | {one['noise_norm']:.2f} |")
     return "\n".join(lines)
 

@@ -201,6 +201,9 @@ class Record:
     """After how many episodes to give up; default: ten times as many as successes, and twenty more."""
     every_step: bool = True
     """Also find the noise of what was executed from every step on: several times as many examples."""
+    inversion: Literal["regularised", "exact"] = "regularised"
+    """How that noise is found. regularised: a small one that comes near what was executed, far easier to learn; exact: the
+    one that gives it exactly."""
     policy: str | None = None
     """A checkpoint or run folder; default: the shipped prior of the task's family."""
     num_envs: int | None = None
@@ -235,6 +238,7 @@ class Record:
                 num_envs=self.num_envs,
                 max_episodes=self.max_episodes,
                 every_step=self.every_step,
+                inversion=self.inversion,
                 device=self.device,
                 on_episode=show,
             )
@@ -257,12 +261,16 @@ class Invert:
     """Where to write the dataset with its noises (.npz); its description goes beside it (.json)."""
     steps: int = 5
     """K, the denoising steps with which the noises will be used."""
-    method: Literal["exact", "euler"] = "exact"
-    """exact: invert the discrete Euler map; euler: Euler reversal, which misses more."""
-    refine: int = 0
-    """Adam updates for the chunks that are beyond the tolerance; 0: none."""
-    tolerance: float = 0.01
-    """Largest reconstruction error, normalised units, of a chunk that may be learned from."""
+    method: Literal["regularised", "exact", "euler"] = "regularised"
+    """regularised: a small noise that comes near the chunk, the easiest to learn; exact: invert the discrete Euler map; euler:
+    Euler reversal, which misses more."""
+    refine: int | None = None
+    """Adam updates: for the chunks that are beyond the tolerance (default 0), or, regularised, for all (default 30)."""
+    penalty: float | None = None
+    """What a squared unit of noise may cost in squared error while refining; default: 0.001 regularised, else 0."""
+    tolerance: float | None = None
+    """Largest reconstruction error, normalised units, of a chunk that may be learned from; default: 0.5 regularised, else
+    0.01."""
     policy: str | None = None
     """A checkpoint or run folder; default: the shipped prior of the environment's family."""
     device: str = "cpu"
@@ -273,7 +281,10 @@ class Invert:
         from counterflow.experiments.inversion import InversionSettings, invert_dataset
         from counterflow.experiments.progress import progress_bar
 
-        settings = InversionSettings(self.steps, self.method, self.refine, tolerance=self.tolerance)
+        given = {"iterations": self.refine, "penalty": self.penalty, "tolerance": self.tolerance}
+        settings = InversionSettings.of(
+            self.method, self.steps, **{name: value for name, value in given.items() if value is not None}
+        )
         with progress_bar(console, f"inverting {self.data.name}", 1, "chunks") as update:
             found = invert_dataset(
                 self.data,
@@ -286,7 +297,7 @@ class Invert:
             )
         errors = ", ".join(f"{share} {error:.1e}" for share, error in found.errors.items())
         console.print(
-            f"{found.chunks:,} chunks, {found.flagged:,} of them beyond the tolerance of {self.tolerance:g} and flagged\n"
+            f"{found.chunks:,} chunks, {found.flagged:,} of them beyond the tolerance of {settings.tolerance:g} and flagged\n"
             f"reconstruction error, largest entry of a chunk, by quantile: {errors}\n"
             f"noise, root mean square: {found.noise_norm:.2f} (1 is the prior's own)\n  {found.path}"
         )

@@ -183,6 +183,63 @@ def rollouts(values: list[list[float]], observation_dim: int = 2) -> EpisodeData
     )
 
 
+def linear(x: Tensor, t: Tensor, _: Tensor) -> Tensor:
+    """One Euler step of it multiplies the first entry of a chunk by 0.1 and the second by 1."""
+    return torch.tensor([[-0.9], [0.0]]) * x
+
+
+class TestRegularised:
+    def test_entries_that_hardly_move_the_action_are_left_out(self) -> None:
+        # Ridge regression in closed form: w = g a / (g^2 + penalty) for an entry that the flow multiplies by g.
+        policy = FieldPolicy(linear, SPEC)
+        data = rollouts([[0.3, 0.5], [-0.1, 0.2], [0.2, -0.4]])
+        settings = InversionSettings.of("regularised", 1, iterations=400, penalty=0.05)
+        arrays, found = add_noises(data, policy, settings)
+        chunks = np.array([[0.3, 0.5], [-0.1, 0.2], [0.2, -0.4]])
+        gain = np.array([0.1, 1.0])
+        expected = gain * chunks / (gain**2 + 0.05)
+        np.testing.assert_allclose(arrays["noise"][::2, :, 0], expected, atol=0.02)
+        missed = np.abs(gain * expected - chunks).max(1)
+        np.testing.assert_allclose(arrays["reconstruction_error"][::2], missed, atol=0.02)
+        assert arrays["noise_valid"][::2].all()
+        assert found["noise_norm"] < add_noises(data, policy, InversionSettings(1))[1]["noise_norm"] / 2
+
+    def test_on_a_real_prior_they_are_smaller_and_miss_little(
+        self, demonstrations: Path, inverted: Inverted, tmp_path: Path
+    ) -> None:
+        found = invert_dataset(demonstrations, TASK, tmp_path / "r.npz", InversionSettings.of("regularised"))
+        assert found.noise_norm < 0.8 * inverted.noise_norm
+        assert 0.01 < found.errors["50%"] < 0.5
+        exact, small = read(inverted.path), read(found.path)
+        rows = np.flatnonzero(exact["noise_valid"] & small["noise_valid"])
+        chunks = torch.from_numpy(np.stack([exact["normalised_actions"][row : row + 5] for row in rows]))
+
+        def cost(arrays: dict[str, np.ndarray]) -> Tensor:
+            made = redenoised(arrays, rows, steps=5)
+            noise = torch.from_numpy(arrays["noise"][rows])
+            return (made - chunks).square().sum((1, 2)) + 0.001 * noise.square().sum((1, 2))
+
+        assert (cost(small) <= cost(exact) + 1e-4).float().mean() > 0.95
+
+    def test_a_reversal_that_runs_away_is_no_beginning(self) -> None:
+        def runaway(x: Tensor, t: Tensor, _: Tensor) -> Tensor:
+            return -1e30 * x * (t[:, None, None] > 0.5)
+
+        arrays, _ = add_noises(
+            rollouts([[0.5, 0.5]]), FieldPolicy(runaway, SPEC), InversionSettings.of("regularised", 2)
+        )
+        assert np.isfinite(arrays["noise"]).all()
+        assert np.abs(arrays["noise"]).max() <= 5.1
+
+    def test_its_own_settings(self) -> None:
+        own = InversionSettings.of("regularised", 3)
+        assert (own.steps, own.iterations, own.penalty, own.tolerance) == (3, 30, 0.001, 0.5)
+        assert InversionSettings.of("regularised", penalty=0.3).penalty == 0.3
+        assert InversionSettings.of("exact") == InversionSettings()
+        with pytest.raises(InvalidInputError, match="iterations"):
+            InversionSettings(method="regularised")
+
+
 class TestFlags:
     def test_chunks_that_no_noise_gives_are_flagged_and_the_others_are_not(self) -> None:
         policy = FieldPolicy(squashing, SPEC)

@@ -148,8 +148,15 @@ class TestContent:
         assert arrays["steered"][..., :3].all()
         assert len(np.unique(arrays["references"][:, 0], axis=0)) > 2
 
-    def test_the_noise_of_a_step_gives_what_was_executed_from_there(self, recorded: Recorded) -> None:
-        for episode in SteeringDataset.load(recorded.path):
+    @pytest.mark.parametrize(("inversion", "most"), [("exact", 0.011), ("regularised", 0.501)])
+    def test_the_noise_of_a_step_gives_what_was_executed_from_there(
+        self, recorded: Recorded, inversion: str, most: float, tmp_path: Path
+    ) -> None:
+        path = recorded.path if inversion == "regularised" else make(tmp_path, inversion="exact").path
+        dataset = SteeringDataset.load(path)
+        (provenance,) = dataset.sources.values()
+        assert provenance["every_step"]["method"] == inversion
+        for episode in dataset:
             arrays, steps = episode.arrays, episode.steps
             valid = arrays["step_noise_valid"]
             assert valid[:-4].mean() > 0.9
@@ -158,7 +165,9 @@ class TestContent:
             windows = np.stack([arrays["step_actions"][row : row + 5] for row in rows])
             np.testing.assert_array_equal(arrays["step_chunks"][rows], windows)
             found = redenoised(arrays["step_observations"][rows], arrays["step_noise"][rows], 5)
-            np.testing.assert_allclose(found, windows, atol=0.011)
+            np.testing.assert_allclose(found, windows, atol=most)
+            typical = np.sqrt(np.square(arrays["step_noise"][rows]).mean())
+            assert typical < 1.8 if inversion == "regularised" else typical > 2
             assert arrays["step_noise"].shape == (steps, 5, 5)
 
 

@@ -329,7 +329,7 @@ def _expert_chunks(
 
 def _corrected(prior: BasePolicy, arrays: dict[str, npt.NDArray[Any]], steps: int) -> dict[str, npt.NDArray[Any]]:
     """Return an episode's arrays with the noises of all steps, and those of the expert's decisions in their place."""
-    arrays = arrays | step_noises(prior, arrays, InversionSettings(steps=steps))
+    arrays = arrays | step_noises(prior, arrays, InversionSettings.of("regularised", steps))
     arrays["step_intervened"] = np.repeat(arrays["intervened"], arrays["executed"])
     first_steps = np.cumsum(arrays["executed"]) - arrays["executed"]
     noise = arrays["noise"].copy()

@@ -8,8 +8,10 @@ What comes out is the dataset itself, in the same layout, with more arrays, one 
     normalised_actions    (N, A)     the actions in the policy's units
     noise_valid           (N,)       whether the noise may be learned from: a whole chunk begins here, and the error is small
 
-Source: FlowDAgger (arXiv 2607.08877) for the exact inversion of the discrete Euler map; the Euler reversal of arXiv 2606.13675
-beside it, for comparison.
+Sources: FlowDAgger (arXiv 2607.08877) for the exact inversion of the discrete Euler map; the Euler reversal of arXiv 2606.13675
+beside it, for comparison; and, for noises that are to be learned, the smallest noise that comes near the chunk. A flow presses a
+wide range of noises into a narrow range of actions, so an exact noise has large parts that hardly move the action: to a network
+that regresses noises they are noise in its labels, and what a penalty on them leaves is what decides.
 """
 
 from __future__ import annotations
@@ -39,10 +41,12 @@ from counterflow.policies import BasePolicy, bind
 from counterflow.steering import binding_of
 from counterflow.steering.steered import check_steps
 
-Method = Literal["exact", "euler"]
+Method = Literal["exact", "euler", "regularised"]
 FORMAT = "counterflow/inverted-episodes"
 FORMAT_VERSION = 1
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
+REGULARISED_RATE = 0.1
+LARGEST_BEGINNING = 5.0  # beyond it no noise is the prior's
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,12 @@ class InversionSettings:
 
     Attributes:
         steps: K, with which the noise will be denoised.
-        method: "exact" inverts the discrete Euler map; "euler" is Euler reversal.
-        iterations: Adam updates that refine the noises of chunks beyond the tolerance; 0: none.
+        method: "exact" inverts the discrete Euler map; "euler" is Euler reversal; "regularised" searches the noise w that
+            minimises ||denoise(w) - chunk||^2 + penalty ||w||^2, and misses the chunk a little (see
+            `InversionSettings.of`).
+        iterations: Adam updates that refine the noises of chunks beyond the tolerance, 0: none; "regularised" refines all.
         penalty: what a squared unit of noise may cost in squared error while refining.
-        tolerance: largest reconstruction error, normalised units, of a noise that may be learned from.
+        tolerance: largest reconstruction error of an entry, normalised units, of a noise that may be learned from.
         batch_size: chunks at a time.
 
     Raises:
@@ -69,14 +75,21 @@ class InversionSettings:
     tolerance: float = 0.01
     batch_size: int = 2_048
 
+    @classmethod
+    def of(cls, method: Method, steps: int = 5, **given: Any) -> InversionSettings:
+        """Return settings that suit a method: for "regularised" 30 updates, penalty 0.001, tolerance 0.5, unless `given`."""
+        own = {"iterations": 30, "penalty": 0.001, "tolerance": 0.5} if method == "regularised" else {}
+        return cls(steps, method, **{**own, **given})
+
     def __post_init__(self) -> None:
         """Check every setting."""
         check_steps(self.steps)
         if self.method not in get_args(Method):
             raise UnknownNameError("inversion method", str(self.method), get_args(Method))
-        if self.iterations < 0 or self.batch_size < 1:
+        least = 1 if self.method == "regularised" else 0
+        if self.iterations < least or self.batch_size < 1:
             raise InvalidInputError(
-                f"iterations is {self.iterations}, batch_size {self.batch_size}; expected 0 and 1, or more."
+                f"iterations is {self.iterations}, batch_size {self.batch_size}; expected {least} and 1, or more."
             )
         if not (self.tolerance > 0 and self.penalty >= 0):
             raise InvalidInputError(
@@ -114,8 +127,15 @@ def invert_chunks(
     """Return noises (B, H, A) and reconstruction errors (B,) of chunks (B, H, A), normalised, at observations (B, ...)."""
     field = bind(policy, policy.encode(observations))
     chunks = chunks.to(getattr(policy, "device", chunks.device))
+    if settings.method == "regularised":
+        beginning = torch.nan_to_num(reverse(field, chunks, settings.steps))
+        beginning = beginning.clamp(-LARGEST_BEGINNING, LARGEST_BEGINNING)
+        noise: Tensor = refine(
+            field, chunks, settings.steps, beginning, settings.iterations, REGULARISED_RATE, settings.penalty
+        )
+        return noise, _errors(field, noise, chunks, settings.steps)
     find = invert if settings.method == "exact" else reverse
-    noise: Tensor = find(field, chunks, settings.steps)
+    noise = find(field, chunks, settings.steps)
     errors = _errors(field, noise, chunks, settings.steps)
     if settings.iterations and not bool((errors <= settings.tolerance).all()):
         refined = refine(field, chunks, settings.steps, noise, iterations=settings.iterations, penalty=settings.penalty)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,7 @@ def record(
     num_envs: int | None = None,
     max_episodes: int | None = None,
     every_step: bool = True,
+    inversion: Literal["regularised", "exact"] = "regularised",
     device: str = "cpu",
     on_episode: Callable[[Episode, int], None] | None = None,
 ) -> Recorded:
@@ -76,8 +77,9 @@ def record(
         policy: the frozen policy; None: the shipped prior of the task's family.
         num_envs: environments stepped side by side.
         max_episodes: after how many episodes to give up; None: ten times as many as successes, and twenty more.
-        every_step: also find, by exact inversion, the noise of the actions that were executed from every step on: as many
-            more examples as a chunk has actions, for one inversion an episode.
+        every_step: also find the noise of the actions that were executed from every step on: as many more examples as a
+            chunk has actions, for one inversion an episode.
+        inversion: how that noise is found (`InversionSettings`).
         device: where the policy computes.
         on_episode: called with each finished episode and the number of successes so far.
 
@@ -98,13 +100,14 @@ def record(
     steered = steer(prior, method, settings)
     has_noise = method in ("frs", "base", "rank")
     binding = binding_of(prior, steered.steps if has_noise else settings.steps, steered.solver)
+    of_steps = InversionSettings.of(inversion, binding.steps)
     provenance = {
         "recording": "steered rollouts",
         "env": env,
         "method": method,
         "settings": own_settings(method, settings),
         "reasoner": None if method == "base" else asdict(reasoner),
-        "every_step": every_step,
+        "every_step": asdict(of_steps) if every_step else None,
         "seed": check_seed(seed),
         "policy": binding.policy,
     }
@@ -136,7 +139,7 @@ def record(
                     if not has_noise:
                         arrays |= _inverted(prior, arrays, binding)
                     if every_step:
-                        arrays |= step_noises(prior, arrays, InversionSettings(steps=binding.steps))
+                        arrays |= step_noises(prior, arrays, of_steps)
                     dataset.append(SteeringEpisode(env, episode.seed, index, episode.success, source, arrays))
                     outcomes[index] = episode.success
                     made += 1
