@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [path for path in ROOT.rglob("*.md") if not {".venv", "node_modules"} & set(path.relative_to(ROOT).parts)]
+DOCUMENTS = [
+    path for path in ROOT.rglob("*.md") if not {".venv", ".cache", "node_modules"} & set(path.relative_to(ROOT).parts)
+]
 
 
 @pytest.mark.parametrize(
