@@ -212,13 +212,12 @@ def read_direction(steer: Mapping[str, Any]) -> Direction:
         UnknownNameError: an entry or a gripper command is not known.
     """
     _only(steer, "axes", "amount", "gripper", "defer")
-    axes = np.asarray(steer.get("axes", (0, 0, 0)))
+    said = steer.get("axes", (0, 0, 0))
+    axes = list(said) if isinstance(said, list | tuple) or (isinstance(said, np.ndarray) and said.ndim == 1) else []
     amount, gripper, defer = steer.get("amount", 1.0), steer.get("gripper", "policy"), steer.get("defer", False)
-    if axes.shape != (3,) or axes.dtype.kind not in "iuf" or any(float(axis) not in (-1, 0, 1) for axis in axes):
-        raise InvalidInputError(
-            f"direction axes are {str(steer.get('axes'))[:80]}; expected three of -1, 0, 1 for x, y, z."
-        )
-    if isinstance(amount, bool) or not isinstance(amount, int | float | np.integer | np.floating):
+    if len(axes) != 3 or any(not _is_number(axis) or float(axis) not in (-1, 0, 1) for axis in axes):
+        raise InvalidInputError(f"direction axes are {str(said)[:80]}; expected three of -1, 0, 1 for x, y, z.")
+    if not _is_number(amount):
         raise InvalidInputError(f"direction amount is a {type(amount).__name__}; expected a number in (0, 1].")
     if not isinstance(gripper, str) or not isinstance(defer, bool | np.bool_):
         raise InvalidInputError("a direction says gripper by a text, and defer by true or false.")
@@ -328,6 +327,10 @@ def _floating(value: Any, what: str) -> Tensor:
     if not np.isfinite(array).all():
         raise InvalidInputError(f"{what} holds NaN or infinite values; expected finite numbers.")
     return torch.from_numpy(array)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 
 def _only(content: Mapping[str, Any], *known: str) -> None:

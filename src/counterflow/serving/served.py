@@ -150,7 +150,9 @@ class Session:
         except CounterflowError:
             raise
         except (LookupError, ValueError) as error:
-            lacking = f"it lacks {error}" if isinstance(error, KeyError) else "an entry has another length or range"
+            lacking = (
+                f"it lacks {error}" if isinstance(error, KeyError) else "an entry is missing or has another length"
+            )
             raise InvalidInputError(
                 f"the reasoner {call.name!r} can't use the view: {lacking}. Send, under 'view', what it looks at; it was sent "
                 f"{', '.join(sorted(call.view)) or 'nothing'}."
@@ -233,7 +235,12 @@ class ServedPolicy:
                 "dim": spec.dim,
                 "low": None if spec.low is None else list(spec.low),
                 "high": None if spec.high is None else list(spec.high),
-                "layout": None if spec.layout is None else asdict(spec.layout),
+                "layout": None
+                if spec.layout is None
+                else {
+                    name: list(value) if isinstance(value, tuple) else value
+                    for name, value in asdict(spec.layout).items()
+                },
             },
             "observation": None
             if self.declared is None

@@ -99,8 +99,8 @@ class ServerSettings:
             8 <= len(self.api_key) <= LONGEST_KEY and self.api_key.isascii() and self.api_key.isprintable()
         ):
             raise InvalidInputError(
-                f"the API key has {len(self.api_key)} characters; expected 8 to {LONGEST_KEY} printable ASCII ones. 'openssl "
-                "rand -hex 32' makes a good one."
+                f"the API key has {len(self.api_key)} characters; expected 8 to {LONGEST_KEY} printable ASCII ones. Python's "
+                "secrets.token_hex(32) makes a good one."
             )
         if self.tls_key is not None and self.tls_certificate is None:
             raise InvalidInputError("a TLS key was given without a certificate; give both, or neither.")
@@ -191,16 +191,14 @@ class PolicyServer:
         self.metrics = Metrics()
         self._clients: set[_Client] = set()
         self._server: Server | None = None
+        self._port = self.settings.port
         self._stopped: asyncio.Event | None = None
         self._stopping = False
 
     @property
     def port(self) -> int:
         """The port that it listens at."""
-        if self._server is None:
-            return self.settings.port
-        port: int = self._server.sockets[0].getsockname()[1]
-        return port
+        return self._port
 
     @property
     def url(self) -> str:
@@ -243,6 +241,7 @@ class PolicyServer:
                 f"can't listen at {settings.host} port {settings.port}: {error.strerror or error}. Choose another --port, or an "
                 "address of this machine."
             ) from error
+        self._port = int(self._server.sockets[0].getsockname()[1])
         self._batcher.start()
         logger.info("serving %s at %s", self.served.name or "a policy", self.url)
 
