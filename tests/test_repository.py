@@ -17,7 +17,10 @@ DOCUMENTS = [
 
 @pytest.mark.parametrize(
     "document",
-    [ROOT / "README.md", *(ROOT / "docs" / name for name in ("first-policy.md", "from-successes-to-a-policy.md"))],
+    [
+        ROOT / "README.md",
+        *(ROOT / "docs" / f"{name}.md" for name in ("first-policy", "from-successes-to-a-policy", "put-it-on-a-robot")),
+    ],
     ids=lambda path: path.name,
 )
 def test_python_in_the_documents_runs(document: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -19,6 +20,7 @@ from counterflow.errors import InvalidInputError
 if TYPE_CHECKING:
     from counterflow.serving import PolicyServer, ServedPolicy, ServerSettings
 
+SWITCH_INTERVAL = 0.0005  # seconds
 KEY_VARIABLE = "COUNTERFLOW_API_KEY"
 
 
@@ -72,6 +74,8 @@ class Serve:
         logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
         # One line for everybody who knocks is too many, and strangers decide how many.
         logging.getLogger("counterflow.serving.websockets").setLevel(logging.CRITICAL)
+        # The thread that infers and the one that talks share the interpreter; by default either may keep it for 5 ms.
+        sys.setswitchinterval(SWITCH_INTERVAL)
         asyncio.run(_serve(served, settings, console))
         console.print("stopped.")
 

@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from counterflow.serving import MessageLimits, PolicyServer, ServedPolicy, Serve
 from counterflow.serving.batching import Batcher
 from counterflow.serving.metrics import Metrics
 from counterflow.serving.requests import Request
+from counterflow.serving.server import KNOCKING, _Connection
 
 Serve = Callable[..., PolicyServer]
 KEY = "a-long-enough-key"
@@ -338,6 +339,24 @@ class TestHostile:
                 except OSError:
                     pass  # cut off, which is an answer too
         with client(server) as connection:
+            ask(connection)
+
+    def test_strangers_who_only_knock_are_bounded(self, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+        knocked: list[tuple[int, bool]] = []
+        meet = _Connection.connection_made
+
+        def count(self: _Connection, transport: asyncio.BaseTransport) -> None:
+            meet(self, transport)
+            knocked.append((len(self.everybody), self.transport.is_closing()))
+
+        monkeypatch.setattr(_Connection, "connection_made", count)
+        server = serve(max_connections=1, max_waiting=1)
+        with client(server) as connection, ExitStack() as strangers:
+            for _ in range(100):
+                strangers.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30))
+            eventually(lambda: len(knocked) == 101)
+            assert max(number for number, _ in knocked) > 1 + KNOCKING
+            assert all(closing == (number > 1 + KNOCKING) for number, closing in knocked)
             ask(connection)
 
     def test_pings_without_reading_do_not_fill_the_memory(self, serve: Serve) -> None:

@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import parse_qsl, urlsplit
 
 from websockets.asyncio.server import Server, ServerConnection, serve
@@ -43,6 +43,7 @@ from counterflow.serving.served import ServedPolicy, Session
 LONGEST_ERROR = 2000  # characters of what a client is told
 LONGEST_KEY = 1024
 REASONING_THREADS = 4
+KNOCKING = 64  # connections beyond those of clients: handshakes, questions for health and metrics, strangers
 GOING_AWAY, TRY_AGAIN = 1001, 1013  # close codes (RFC 6455, IANA)
 
 logger = logging.getLogger("counterflow.serving")
@@ -143,10 +144,25 @@ def is_loopback(host: str) -> bool:
 class _Connection(ServerConnection):
     """A connection that stops reading while the client does not read, and is cut off when that lasts.
 
-    The library answers pings by itself, and would keep the answers for a client that never takes them.
+    The library answers pings by itself, and would keep the answers for a client that never takes them. It also keeps whoever
+    knocks for as long as a handshake may take, however many they are.
     """
 
-    patience = 60.0
+    patience: ClassVar[float]
+    most: ClassVar[int]
+    everybody: ClassVar[set[_Connection]]
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Let somebody knock, unless too many do."""
+        super().connection_made(transport)
+        self.everybody.add(self)
+        if len(self.everybody) > self.most:
+            self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget them."""
+        self.everybody.discard(self)
+        super().connection_lost(exc)
 
     def pause_writing(self) -> None:
         """Stop reading, too: the buffer of what is to be sent is full."""
@@ -220,7 +236,8 @@ class PolicyServer:
         # A reasoner may take seconds (a model elsewhere); it holds up neither the event loop nor other clients' inference.
         self._reasoning = ThreadPoolExecutor(REASONING_THREADS, thread_name_prefix="counterflow-reasoner")
         self._stopped = asyncio.Event()
-        connection_type = type("Connection", (_Connection,), {"patience": settings.patience})
+        own = {"patience": settings.patience, "most": settings.max_connections + KNOCKING, "everybody": set()}
+        connection_type = type("Connection", (_Connection,), own)
         try:
             self._server = await serve(
                 self._meet,
@@ -231,7 +248,7 @@ class PolicyServer:
                 origins=[None],  # a web page that somebody has open must not reach the robot's server
                 compression=None,  # openpi's client uses none, and a small message could unpack to a huge one
                 max_size=settings.limits.size,
-                max_queue=4,
+                max_queue=1,
                 create_connection=connection_type,
                 server_header=None,
                 logger=logging.getLogger("counterflow.serving.websockets"),
