@@ -147,7 +147,8 @@ class TestCommand:
             assert "Traceback" not in one["message"]
         assert "can't be read" in raw["result"]
 
-        drive("127.0.0.1", port, ("leave", seen))
+        drive("127.0.0.1", port, ("infer", seen), ("leave", seen))
+        assert "result" in drive("127.0.0.1", port, ("infer", seen))["done"][0]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=30) as response:
             assert response.read() == b"OK\n"
         process.send_signal(signal.SIGTERM)

@@ -143,7 +143,7 @@ class _Reader:
                 f"{math.prod(shape) * dtype.itemsize:,}. It was cut off, or its description is wrong."
             )
         if dtype == np.bool_:  # any byte may come, and only two of them are booleans
-            return (np.frombuffer(data, np.uint8) != 0).reshape(shape)
+            dtype, data = np.dtype(np.bool_), (np.frombuffer(data, np.uint8) != 0).tobytes()
         array: npt.NDArray[Any] = np.frombuffer(data, dtype).reshape(shape)
         return array
 
