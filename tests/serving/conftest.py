@@ -14,7 +14,6 @@ import trustme
 from torch import Tensor
 
 from counterflow.policies import ActionLayout, ActionSpec, BasePolicy, FlowPolicy, NetworkConfig, Normaliser
-from counterflow.policies.observation import ObservationEntry
 from counterflow.serving import PolicyServer, ServedPolicy, ServerSettings, running
 from counterflow.steering import MethodSettings, steer
 
@@ -49,30 +48,6 @@ class HeldPolicy:
 
     def velocity(self, context: Any, x: Tensor, t: Tensor) -> Tensor:
         return self.policy.velocity(context, x, t)
-
-
-class SeeingPolicy:
-    """Cameras, a state and a sentence, as a vision-language-action model sees them."""
-
-    action_spec = SPEC
-    observation_entries = {  # noqa: RUF012 - nobody changes it
-        "cameras/wrist": ObservationEntry("uint8", (None, None, 3)),
-        "state": ObservationEntry("float32", (2,)),
-        "prompt": ObservationEntry("text"),
-        "extra": ObservationEntry("float32", (1,), optional=True),
-    }
-
-    def __init__(self) -> None:
-        self.batches: list[dict[str, Any]] = []
-
-    def encode(self, observation: dict[str, Any]) -> Tensor:
-        self.batches.append(observation)
-        lengths = torch.tensor([float(len(prompt)) for prompt in observation["prompt"]])
-        brightness = observation["cameras/wrist"].float().flatten(1).mean(1)
-        return torch.stack([brightness / 255, observation["state"].sum(1), lengths / 10], 1)
-
-    def velocity(self, context: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        return context.sum(1)[:, None, None] - x
 
 
 @pytest.fixture(scope="session")
