@@ -25,6 +25,7 @@ COMMANDS = (
     "compare",
     "film",
     "analyse",
+    "serve",
     "demo",
 )
 FIELDS = {"env", "steer", "episodes", "successes", "success_rate", "ci95", "seconds"}

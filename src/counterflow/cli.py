@@ -15,45 +15,17 @@ from rich.markup import escape
 
 from counterflow import cli_dataset
 from counterflow.cli_demonstrate import Demonstrate
+from counterflow.cli_options import LearnedName, Steering, SteerName
+from counterflow.cli_serve import Serve
 from counterflow.errors import CounterflowError, InvalidInputError
 
 if TYPE_CHECKING:
     from counterflow.experiments.evaluate import Evaluation, ReasonerSettings
     from counterflow.experiments.rollout import Episode
-    from counterflow.steering import MethodSettings
-
-SteerName = Literal["base", "direct", "frs", "partial", "rank"]
-LearnedName = Literal["dsbc", "bc"]
 
 DESCRIPTION = """Steer frozen flow-matching robot policies without touching their weights.
 
 Try 'counterflow demo' first. Then: 'counterflow eval ogbench/cube-single-task1 --steer frs'."""
-
-
-@dataclass(frozen=True)
-class Steering:
-    """How the frozen policy is steered."""
-
-    steps: int = 10
-    """Denoising steps of base, direct, partial and rank."""
-    reversal_steps: int = 5
-    """K of flow reversal steering, back and forth."""
-    perturbation: float = 0.0
-    """Noise added to the reversed noise of flow reversal steering (standard deviation)."""
-    tau: float = 0.5
-    """Noise level of partial noising: near 1 trusts the reference, near 0 the prior."""
-    candidates: int = 16
-    """n of sample-and-rank."""
-    distance: Literal["cosine", "l2"] = "cosine"
-    """What sample-and-rank compares by."""
-
-    def settings(self) -> MethodSettings:
-        """Return the methods' settings."""
-        from counterflow.steering import MethodSettings
-
-        return MethodSettings(
-            self.steps, self.reversal_steps, self.perturbation, self.tau, self.candidates, self.distance
-        )
 
 
 @dataclass(frozen=True)
@@ -560,6 +532,7 @@ Command = (
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Film, tyro.conf.subcommand("film")]
     | Annotated[Analyse, tyro.conf.subcommand("analyse")]
+    | Annotated[Serve, tyro.conf.subcommand("serve")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
 

@@ -60,3 +60,7 @@ class StorageError(CounterflowError, OSError):
 
 class TrainingError(CounterflowError, RuntimeError):
     """Training can't go on: a loss is not finite, or a run folder holds another run."""
+
+
+class ServingError(CounterflowError, RuntimeError):
+    """A policy server could not begin, refused, failed or went away; the message carries its own account."""

@@ -196,7 +196,7 @@ def evaluate(
     check_episodes(episodes)
     settings = MethodSettings() if settings is None else settings
     reasoner = ReasonerSettings() if reasoner is None else reasoner
-    steered = _learned(policy, method, settings, learned) if method in LEARNED else steer(policy, method, settings)
+    steered = steered_by(policy, method, settings, learned)
     make_reasoner = None if method == "base" or method in LEARNED else reasoner.maker(env.spec.name)
     own = own_settings(method, settings) | ({} if learned is None else {"learned": learned.fingerprint})
     seeds = [child_seed(check_seed(seed), "episode", index) for index in range(episodes)]
@@ -231,6 +231,19 @@ def evaluate(
         noise_percentile=mean("noise_percentile"),
         outcomes=[{"seed": one.seed, "success": one.success, "steps": one.steps} for one in finished],
     )
+
+
+def steered_by(
+    policy: BasePolicy, method: str, settings: MethodSettings, learned: ChunkRegressor | None = None
+) -> SteeredPolicy:
+    """Return `policy` steered by any method that has a name, zero-shot or learned.
+
+    Raises:
+        UnknownNameError: no such method.
+        MismatchError: what was learned belongs to another policy, or serves another method.
+        InvalidInputError: a setting is out of range, or nothing was given for a method that needs something learned.
+    """
+    return _learned(policy, method, settings, learned) if method in LEARNED else steer(policy, method, settings)
 
 
 def _learned(
