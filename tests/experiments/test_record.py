@@ -243,17 +243,24 @@ class TestMethods:
         if method == "direct":
             np.testing.assert_allclose(arrays["chunks"][..., :3], arrays["references"][..., :3], atol=1e-6)
 
-    def test_without_every_step(self, short: None, tmp_path: Path) -> None:
-        (episode,) = failed(tmp_path, "frs", every_step=False)
+    def test_without_every_step(self, patched: None, tmp_path: Path) -> None:
+        made = make(tmp_path, every_step=False, successes=1, max_episodes=1)
+        (episode,) = SteeringDataset.load(made.path).episodes
+        assert episode.success
         assert "step_observations" in episode.arrays
         assert not {"step_noise", "step_features", "step_chunks"} & set(episode.arrays)
 
-    def test_another_policy(self, short: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_failed_episode_has_none(self, short: None, tmp_path: Path) -> None:
+        (episode,) = failed(tmp_path, "frs")
+        assert "step_observations" in episode.arrays
+        assert not {"step_noise", "step_features", "step_chunks"} & set(episode.arrays)
+
+    def test_another_policy(self, patched: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """One that offers no features: they are left out, and everything else is there."""
         prior = load("cube-single")
         plain = FieldPolicy(lambda x, t, o: prior.velocity(o, x, t), prior.action_spec, prior.encode)
         monkeypatch.setattr(module, "load_prior", lambda *_: plain)
-        (episode,) = failed(tmp_path, "frs")
+        (episode,) = SteeringDataset.load(make(tmp_path, successes=1, max_episodes=1).path).episodes
         assert not {"features", "step_features"} & set(episode.arrays)
         assert "step_noise" in episode.arrays
         assert SteeringDataset.load(tmp_path).binding.policy == "FieldPolicy"

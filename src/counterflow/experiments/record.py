@@ -77,8 +77,8 @@ def record(
         policy: the frozen policy; None: the shipped prior of the task's family.
         num_envs: environments stepped side by side.
         max_episodes: after how many episodes to give up; None: ten times as many as successes, and twenty more.
-        every_step: also find the noise of the actions that were executed from every step on: as many more examples as a
-            chunk has actions, for one inversion an episode.
+        every_step: also find, for successful episodes, the noise of the actions that were executed from every step on: as
+            many more examples as a chunk has actions, for one inversion an episode.
         inversion: how that noise is found (`InversionSettings`).
         device: where the policy computes.
         on_episode: called with each finished episode and the number of successes so far.
@@ -138,7 +138,7 @@ def record(
                     arrays = arrays_of(episode.decisions)
                     if not has_noise:
                         arrays |= _inverted(prior, arrays, binding)
-                    if every_step:
+                    if every_step and episode.success:  # nobody learns from the others
                         arrays |= step_noises(prior, arrays, of_steps)
                     dataset.append(SteeringEpisode(env, episode.seed, index, episode.success, source, arrays))
                     outcomes[index] = episode.success
