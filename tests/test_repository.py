@@ -19,7 +19,10 @@ DOCUMENTS = [
     "document",
     [
         ROOT / "README.md",
-        *(ROOT / "docs" / f"{name}.md" for name in ("first-policy", "from-successes-to-a-policy", "put-it-on-a-robot")),
+        *(
+            ROOT / "docs" / f"{name}.md"
+            for name in ("first-policy", "from-successes-to-a-policy", "put-it-on-a-robot", "real-time-chunking")
+        ),
     ],
     ids=lambda path: path.name,
 )
