@@ -46,13 +46,21 @@ class Steering:
     """n of sample-and-rank."""
     distance: Literal["cosine", "l2"] = "cosine"
     """What sample-and-rank compares by."""
+    padding: Literal["fresh", "held", "reversed"] = "fresh"
+    """Of flow reversal steering, the padded dimensions of a policy that has some: drawn afresh, held, or kept."""
 
     def settings(self) -> MethodSettings:
         """Return the methods' settings."""
         from counterflow.steering import MethodSettings
 
         return MethodSettings(
-            self.steps, self.reversal_steps, self.perturbation, self.tau, self.candidates, self.distance
+            self.steps,
+            self.reversal_steps,
+            self.perturbation,
+            self.tau,
+            self.candidates,
+            self.distance,
+            self.padding,
         )
 
 
@@ -141,7 +149,7 @@ class Eval:
     json: Path | None = None
     """Where to write the result."""
     policy: str | None = None
-    """A checkpoint or run folder; default: the shipped prior of the task's family."""
+    """A checkpoint, a run folder, or lerobot: and a hub id or folder; default: the shipped prior of the task's family."""
     noise_policy: Path | None = None
     """What 'counterflow distill' wrote, for --steer dsbc (or bc)."""
     num_envs: int | None = None
@@ -202,7 +210,7 @@ class Record:
     every_step: bool = True
     """Also find the noise of what was executed from every step on: several times as many examples."""
     policy: str | None = None
-    """A checkpoint or run folder; default: the shipped prior of the task's family."""
+    """A checkpoint, a run folder, or lerobot: and a hub id or folder; default: the shipped prior of the task's family."""
     num_envs: int | None = None
     """Environments stepped side by side; what is recorded does not depend on it."""
     device: str = "cpu"
@@ -264,7 +272,7 @@ class Invert:
     tolerance: float = 0.01
     """Largest reconstruction error, normalised units, of a chunk that may be learned from."""
     policy: str | None = None
-    """A checkpoint or run folder; default: the shipped prior of the environment's family."""
+    """A checkpoint, a run folder, or lerobot: and a hub id or folder; default: the shipped prior of the environment's family."""
     device: str = "cpu"
     """Where to compute."""
 
@@ -325,7 +333,7 @@ class Dagger:
     seed: int = 0
     """What everything descends from."""
     policy: str | None = None
-    """A checkpoint or run folder; default: the shipped prior of the task's family."""
+    """A checkpoint, a run folder, or lerobot: and a hub id or folder; default: the shipped prior of the task's family."""
 
     def run(self, console: Console) -> None:
         """Run the rounds, with what came of each."""
@@ -377,7 +385,7 @@ class Compare:
     figure: Path | None = None
     """Where to draw bars with intervals (.png or .svg)."""
     policy: str | None = None
-    """A checkpoint for all tasks; default: each family's shipped prior."""
+    """A checkpoint for all tasks (or lerobot: and a hub id or folder); default: each family's shipped prior."""
     steering: Annotated[Steering, tyro.conf.arg(name="")] = field(default_factory=Steering)
     reasoning: Annotated[Reasoning, tyro.conf.arg(name="")] = field(default_factory=Reasoning)
 
@@ -435,7 +443,7 @@ class Film:
     tries: int = 16
     """How many episodes to try for one where the policy alone fails and the steered one succeeds; 1 films the first."""
     policy: str | None = None
-    """A checkpoint or run folder; default: the shipped prior of the task's family."""
+    """A checkpoint, a run folder, or lerobot: and a hub id or folder; default: the shipped prior of the task's family."""
     steering: Annotated[Steering, tyro.conf.arg(name="")] = field(default_factory=Steering)
     reasoning: Annotated[Reasoning, tyro.conf.arg(name="")] = field(default_factory=Reasoning)
 
@@ -478,7 +486,7 @@ class Analyse:
     figure: Path | None = None
     """Where to draw both figures."""
     policy: str | None = None
-    """A checkpoint or run folder; default: the shipped prior of the task's family."""
+    """A checkpoint, a run folder, or lerobot: and a hub id or folder; default: the shipped prior of the task's family."""
 
     def run(self, console: Console) -> None:
         """Analyse, with progress, and print the table."""

@@ -142,6 +142,7 @@ def analyse_reversal(
         steered = denoise(field, noise, count)
         displacement.append((steered - chunk).flatten(1).norm(dim=1).cpu().numpy())
         gain.append((log_prob(field, steered, LIKELIHOOD_STEPS) - before).cpu().numpy())
+        noise = noise[..., : policy.action_spec.dim]
         half_square = noise.double().square().flatten(1).sum(1) / 2
         shape = torch.full_like(half_square, noise[0].numel() / 2)
         percentile.append(torch.special.gammainc(shape, half_square).cpu().numpy())

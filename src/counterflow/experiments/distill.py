@@ -70,7 +70,10 @@ def _of_steering(
         raise DatasetError(f"no chunk of {dataset.path} came from a noise at t = 0. Record with another method.")
     shown = arrays[names[0]][usable]
     return NoiseExamples(
-        shown.reshape(len(shown), -1), arrays[names[1]][usable], arrays["episode"][usable], dataset.binding
+        shown.reshape(len(shown), -1),
+        arrays[names[1]][usable][..., : dataset.binding.dim],  # nobody could learn the padding: it is drawn afresh
+        arrays["episode"][usable],
+        dataset.binding,
     )
 
 
@@ -94,7 +97,7 @@ def _of_archive(path: Path, config: DSBCConfig, first: int | None) -> NoiseExamp
         episodes.append(np.full(len(starts), index, np.int64))
     return NoiseExamples(
         np.concatenate(shown).astype(np.float32),
-        np.concatenate(targets).astype(np.float32),
+        np.concatenate(targets)[..., : binding.dim].astype(np.float32),
         np.concatenate(episodes),
         binding,
     )

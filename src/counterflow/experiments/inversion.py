@@ -203,7 +203,8 @@ def add_noises(
     actions = torch.from_numpy(np.ascontiguousarray(dataset.gather("actions"), np.float32))
     ends = np.cumsum(dataset.lengths)
     inside = [
-        np.arange(end - length, end - spec.horizon + 1) for end, length in zip(ends, dataset.lengths, strict=True)
+        np.arange(end - length, end - spec.horizon + 1) + spec.past  # where a chunk is decided on, its past is over
+        for end, length in zip(ends, dataset.lengths, strict=True)
     ]
     starts = torch.from_numpy(np.concatenate(inside))
     if len(starts) == 0:
@@ -212,9 +213,9 @@ def add_noises(
             "steps. Use longer episodes, or a policy with a shorter horizon."
         )
     rows = len(observations)
-    noise = np.zeros((rows, spec.horizon, spec.dim), np.float32)
+    noise = np.zeros((rows, spec.horizon, spec.state_dim), np.float32)
     errors = np.full(rows, np.nan, np.float32)
-    window = torch.arange(spec.horizon)
+    window = torch.arange(spec.horizon) - spec.past
     for first in range(0, len(starts), settings.batch_size):
         some = starts[first : first + settings.batch_size]
         chunks = spec.normalise(actions[some[:, None] + window])
