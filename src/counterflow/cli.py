@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from counterflow import cli_dataset
+from counterflow import cli_dataset, cli_lerobot
 from counterflow.cli_demonstrate import Demonstrate
 from counterflow.errors import CounterflowError, InvalidInputError
 
@@ -306,6 +306,11 @@ class Dataset:
 
 
 @dataclass(frozen=True)
+class LeRobot:
+    """Steered policies and noises inside LeRobot: see 'counterflow lerobot --help'."""
+
+
+@dataclass(frozen=True)
 class Distill:
     """Distil recorded successes or inverted demonstrations into a noise policy: see 'counterflow distill --help'."""
 
@@ -552,6 +557,7 @@ Command = (
     | Annotated[Record, tyro.conf.subcommand("record")]
     | Annotated[Invert, tyro.conf.subcommand("invert")]
     | Annotated[Dataset, tyro.conf.subcommand("dataset")]
+    | Annotated[LeRobot, tyro.conf.subcommand("lerobot")]
     | Annotated[Distill, tyro.conf.subcommand("distill")]
     | Annotated[Dagger, tyro.conf.subcommand("dagger")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
@@ -575,6 +581,9 @@ def parse(arguments: Sequence[str]) -> Any:
     if group == ["dataset"]:
         kind = cli_dataset.DatasetCommand
         return tyro.cli(kind, prog="counterflow dataset", description=cli_dataset.__doc__, args=rest)
+    if group == ["lerobot"]:
+        kind = cli_lerobot.LeRobotCommand
+        return tyro.cli(kind, prog="counterflow lerobot", description=cli_lerobot.__doc__, args=rest)
     kind = Command
     return tyro.cli(kind, prog="counterflow", description=DESCRIPTION, args=arguments)
 

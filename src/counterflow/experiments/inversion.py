@@ -33,7 +33,7 @@ from counterflow.errors import DatasetError, InvalidInputError, UnknownNameError
 from counterflow.experiments.evaluate import load_prior
 from counterflow.experiments.train import check_dataset
 from counterflow.files import replacing, write_json
-from counterflow.flow import denoise, invert, refine, reverse
+from counterflow.flow import Field, denoise, invert, refine, reverse
 from counterflow.flow.field import flatten_rows
 from counterflow.policies import BasePolicy, bind
 from counterflow.steering import binding_of
@@ -112,8 +112,13 @@ def invert_chunks(
     policy: BasePolicy, observations: Tensor, chunks: Tensor, settings: InversionSettings
 ) -> tuple[Tensor, Tensor]:
     """Return noises (B, H, A) and reconstruction errors (B,) of chunks (B, H, A), normalised, at observations (B, ...)."""
-    field = bind(policy, policy.encode(observations))
     chunks = chunks.to(getattr(policy, "device", chunks.device))
+    return invert_field(bind(policy, policy.encode(observations)), chunks, settings)
+
+
+@torch.no_grad()
+def invert_field(field: Field, chunks: Tensor, settings: InversionSettings) -> tuple[Tensor, Tensor]:
+    """Return noises and reconstruction errors of chunks (B, H, A), normalised, under a policy's field for B observations."""
     find = invert if settings.method == "exact" else reverse
     noise: Tensor = find(field, chunks, settings.steps)
     errors = _errors(field, noise, chunks, settings.steps)

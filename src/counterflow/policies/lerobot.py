@@ -482,7 +482,7 @@ def load_lerobot(
     return found
 
 
-_EXTRAS = {"smolvla": "smolvla", "pi0": "pi", "pi05": "pi", "multi_task_dit": "multi_task_dit", "evo1": "evo1"}
+_EXTRAS = {"smolvla": "smolvla", "pi0": "pi", "pi05": "pi", "multi_task_dit": "multi-task-dit", "evo1": "evo1"}
 
 
 def _require_lerobot() -> None:
@@ -492,7 +492,7 @@ def _require_lerobot() -> None:
     except ImportError as error:
         raise MissingDependencyError(
             "LeRobot is not installed here. It needs Python 3.12 and an environment of its own: pip install "
-            "'counterflow[lerobot]' 'lerobot[smolvla,pi,multi_task_dit]'"
+            "'counterflow[lerobot]' 'lerobot[smolvla,pi,multi-task-dit]'"
         ) from error
     version = str(getattr(lerobot, "__version__", "0.0"))
     if tuple(int(part) for part in version.split(".")[:2]) < (0, 6):
