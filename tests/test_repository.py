@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [path for path in ROOT.rglob("*.md") if not {".venv", "node_modules"} & set(path.relative_to(ROOT).parts)]
+DOCUMENTS = [
+    path
+    for path in ROOT.rglob("*.md")
+    if not any(part.startswith((".venv", "node_modules")) for part in path.relative_to(ROOT).parts)
+]
 
 
 @pytest.mark.parametrize(

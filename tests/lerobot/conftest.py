@@ -1,4 +1,4 @@
-"""LeRobot's real classes at a thousandth of their size, with random weights and without a hub.
+"""LeRobot's real classes with less than a million parameters, random weights, and without a hub.
 
 These tests run in the environment that `make test` makes for them (Python 3.12, LeRobot 0.6), and are skipped elsewhere.
 """

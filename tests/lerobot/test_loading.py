@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,7 +19,7 @@ from counterflow.policies import ActionLayout
 from counterflow.policies import lerobot as adapter
 from counterflow.policies.lerobot import LeRobotPolicy, load_lerobot
 from counterflow.policies.lerobot_flows import FLOWS, NOT_FLOWS
-from counterflow.steering import SteeredPolicy, binding_of, steer
+from counterflow.steering import ChunkRegressor, SteeredPolicy, binding_of, steer
 
 Make = Callable[..., Any]
 
@@ -403,6 +404,37 @@ class TestCommands:
         # Of a chunk's 8 actions the policy's n_action_steps = 5 are executed.
         queries = found["ledger"]["reasoner_queries"]
         assert 5 * (queries - 1) < found["ledger"]["environment_steps"] <= 5 * queries
+
+    def test_invert_distill_and_evaluate(self, states: Path, tmp_path: Path) -> None:
+        from counterflow.cli import main
+        from counterflow.data import EpisodeDataset
+
+        rng = np.random.default_rng(0)
+        episodes = [
+            {
+                "observations": rng.normal(size=(20, 28)).astype(np.float32),
+                "actions": rng.uniform(-1, 1, (20, 5)).astype(np.float32),
+            }
+            for _ in range(2)
+        ]
+        EpisodeDataset.from_episodes(episodes).save(tmp_path / "demonstrations.npz")
+        env, policy = ["--env", "ogbench/cube-single"], ["--policy", f"lerobot:{states}"]
+        out, learned = tmp_path / "noises.npz", tmp_path / "noise-policy"
+        arguments = [
+            "invert",
+            str(tmp_path / "demonstrations.npz"),
+            *env,
+            *policy,
+            "--out",
+            str(out),
+            "--tolerance",
+            "0.1",
+        ]
+        assert main(arguments) == 0
+        assert main(["distill", str(out), "--out", str(learned), "--steps", "10"]) == 0
+        assert ChunkRegressor.load(learned).binding == binding_of(load_lerobot(states), 5)
+        arguments = ["eval", "ogbench/cube-single-task1", *policy, "--steer", "dsbc", "--noise-policy", str(learned)]
+        assert main([*arguments, "--episodes", "1", "--num-envs", "1", "--json", str(tmp_path / "dsbc.json")]) == 0
 
     def test_a_policy_with_cameras_is_refused_there(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         from counterflow.cli import main

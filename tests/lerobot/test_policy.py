@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -161,18 +161,13 @@ class TestReentrancy:
         context, t = policy.encode(made.observation()), torch.tensor([0.2, 0.7])
         states = self.states(policy, 4)
         expected = [policy.velocity(context, x, t) for x in states]
-        wrong: list[int] = []
 
-        def work(index: int) -> None:
+        def work(index: int) -> bool:
             found = [policy.velocity(context, states[index], t) for _ in range(8)]
-            wrong.extend(index for one in found if not torch.equal(one, expected[index]))
+            return all(torch.equal(one, expected[index]) for one in found)
 
-        threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not wrong
+        with ThreadPoolExecutor(4) as pool:  # hands on what a thread raises
+            assert all(pool.map(work, range(4)))
 
     def test_gradients_flow_through_all_of_denoising(self, made: Any) -> None:
         """Each step's graph keeps what it needs, although the next step has used the same context."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -286,3 +288,18 @@ def test_recording_and_inverting_keep_the_padding() -> None:
     assert steps["step_noise"].shape == (7, HORIZON, DIM + PADDING)
     torch.testing.assert_close(torch.from_numpy(steps["step_chunks"][at]), wanted)
     assert steps["step_noise_valid"].tolist() == arrays["noise_valid"].tolist()
+
+
+def test_what_needs_gaussian_noise_or_one_observation_at_a_time_says_so(tmp_path: Path) -> None:
+    from counterflow.experiments.analysis import analyse_reversal
+    from counterflow.experiments.dagger import dagger
+
+    uniform = FieldPolicy(mixing, ActionSpec(HORIZON, DIM, prior="uniform"))
+    with pytest.raises(MismatchError, match="noise is uniform"):
+        analyse_reversal(uniform, OBSERVATIONS, Reference.of(torch.zeros(2, HORIZON, DIM)), (2,))
+    planning = FieldPolicy(mixing, replace(SPEC, past=1))
+    with (
+        mock.patch("counterflow.experiments.dagger.load_prior", return_value=planning),
+        pytest.raises(MismatchError, match="plans 1 actions that are over"),
+    ):
+        dagger("ogbench/cube-single-task1", tmp_path / "data", tmp_path / "out")

@@ -18,7 +18,7 @@ import torch
 
 from counterflow.data import SteeringDataset, SteeringEpisode
 from counterflow.envs import Batch, VectorEnv
-from counterflow.errors import DatasetError, InvalidInputError, TrainingError
+from counterflow.errors import DatasetError, InvalidInputError, MismatchError, TrainingError
 from counterflow.experiments.distill import examples_of
 from counterflow.experiments.evaluate import check_episodes, load_prior, open_env
 from counterflow.experiments.inversion import InversionSettings
@@ -106,6 +106,11 @@ def dagger(
     check_episodes(episodes)
     config, out = DAggerConfig() if config is None else config, Path(out)
     prior = load_prior(env, policy)
+    if prior.action_spec.past:
+        raise MismatchError(
+            f"the policy plans {prior.action_spec.past} actions that are over when it decides, so an expert's chunk is none of its "
+            "own. Use a policy that sees one observation at a time, or distil demonstrations instead."
+        )
     beginning = examples_of(data, config.distillation, env=None, first=first)
     settings = _plain(
         {
