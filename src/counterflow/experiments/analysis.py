@@ -138,8 +138,8 @@ def analyse_reversal(
     """
     if policy.action_spec.prior != "gaussian":
         raise MismatchError(
-            f"the policy's noise is {policy.action_spec.prior}; log-probabilities and percentiles are those of Gaussian noise. Use a "
-            "policy with a Gaussian prior."
+            f"the policy's noise is {policy.action_spec.prior}; log-probabilities and percentiles are those of Gaussian noise. "
+            "Use a policy with a Gaussian prior."
         )
     field = bind(policy, policy.encode(observations))
     chunk = reference.chunk.to(getattr(policy, "device", "cpu"))

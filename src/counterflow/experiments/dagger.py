@@ -108,8 +108,8 @@ def dagger(
     prior = load_prior(env, policy)
     if prior.action_spec.past:
         raise MismatchError(
-            f"the policy plans {prior.action_spec.past} actions that are over when it decides, so an expert's chunk is none of its "
-            "own. Use a policy that sees one observation at a time, or distil demonstrations instead."
+            f"the policy plans {prior.action_spec.past} actions that are over when it decides, so an expert's chunk is none of "
+            "its own. Use a policy that sees one observation at a time, or distil demonstrations instead."
         )
     beginning = examples_of(data, config.distillation, env=None, first=first)
     settings = _plain(

@@ -115,7 +115,8 @@ class CounterflowPolicy(PreTrainedPolicy):
     def train(self, mode: bool = True) -> CounterflowPolicy:
         """Stay in evaluation mode: everything here is frozen."""
         del mode
-        return super().train(False)
+        super().train(False)
+        return self
 
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Any], **_: Any) -> Tensor:
@@ -197,7 +198,9 @@ class CounterflowPolicy(PreTrainedPolicy):
             config = PreTrainedConfig.from_pretrained(folder)
         if not isinstance(config, CounterflowConfig):
             raise CheckpointError(f"{folder} holds a policy of type {config.type!r}; expected 'counterflow'.")
-        return cls(config, folder=folder).eval()
+        policy = cls(config, folder=folder)
+        policy.eval()
+        return policy
 
 
 def export(

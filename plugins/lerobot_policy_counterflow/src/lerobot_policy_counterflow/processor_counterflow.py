@@ -14,6 +14,7 @@ def make_counterflow_pre_post_processors(
 ) -> tuple[Any, Any]:
     """Return the pre- and the postprocessor; statistics are of no use to them."""
     steps = make_default_policy_processor_steps(config, dataset_stats)
-    return make_policy_processor_pipelines(
+    before, after = make_policy_processor_pipelines(
         input_steps=[steps.rename_observations, steps.add_batch_dim, steps.to_device], output_steps=[steps.to_cpu]
     )
+    return before, after
