@@ -247,7 +247,7 @@ class TestMethods:
         (episode,) = failed(tmp_path, "frs")
         assert not {"features", "step_features"} & set(episode.arrays)
         assert "step_noise" in episode.arrays
-        assert SteeringDataset.load(tmp_path).binding.policy == "FieldPolicy"
+        assert SteeringDataset.load(tmp_path).binding.policy == plain.fingerprint
 
 
 class TestGivingUp:
