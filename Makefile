@@ -1,13 +1,22 @@
-# make demo   set everything up and see a frozen policy fail, then succeed when it is steered
-# make test   set everything up and run every check (what CI runs)
-# Both are safe to run again, and after each other.
+# make demo     set everything up and see a frozen policy fail, then succeed when it is steered
+# make test     set everything up and run every check, both legs below (what CI runs)
+# make core     the leg on Python 3.11: ruff, types, doors, tests
+# make lerobot  the leg on Python 3.12, in an environment of its own: what needs LeRobot
+# All are safe to run again, and after each other.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.counterflow-installed
 
-.PHONY: help setup rendering demo test lint types doors check-python clean
+# LeRobot needs Python 3.12 and another torch. An absolute LEROBOT_VENV is kept between clones, as a cache of CI's.
+PYTHON312 ?= $(shell sh scripts/python312.sh)
+LEROBOT_VENV ?= .venv-lerobot
+LEROBOT_BIN := $(LEROBOT_VENV)/bin
+LEROBOT_READY := $(LEROBOT_VENV)/.counterflow-installed
+LEROBOT_EXTRAS := smolvla,pi,multi-task-dit,diffusion,dataset,evaluation,core-scripts
+
+.PHONY: help setup rendering demo test core lerobot lint types doors check-python check-python312 clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -49,9 +58,32 @@ doors: $(READY)
 	@echo "== doors between the rooms"
 	@$(BIN)/lint-imports
 
-test: setup lint types doors
+# Side by side: the second leg mostly waits for its downloads.
+test:
+	@$(MAKE) --no-print-directory -j 2 --output-sync=line core lerobot
+
+core: setup lint types doors
 	@echo "== tests"
 	@$(BIN)/pytest -n auto
 
+check-python312:
+	@test -n "$(PYTHON312)" || { echo "No Python 3.12 was found, which LeRobot needs. Install it (Debian: apt-get install python3.12 python3.12-venv; pyenv install 3.12), or say where it is: make lerobot PYTHON312=/path/to/python3.12"; exit 1; }
+	@"$(PYTHON312)" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, 12))' || \
+		{ echo "$(PYTHON312) is not a Python 3.12 that can make virtual environments. Say which one to use: make lerobot PYTHON312=/path/to/python3.12"; exit 1; }
+
+$(LEROBOT_READY): pyproject.toml constraints-lerobot.txt plugins/lerobot_policy_counterflow/pyproject.toml | check-python312
+	@echo "== virtual environment for LeRobot: $(LEROBOT_VENV) (one to four minutes, 6 GB)"
+	@"$(PYTHON312)" -m venv $(LEROBOT_VENV)
+	@$(LEROBOT_BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints-lerobot.txt \
+		--editable . --editable plugins/lerobot_policy_counterflow 'lerobot[$(LEROBOT_EXTRAS)]' pytest hypothesis
+	@touch $@
+
+# Where LeRobot is missing these tests fail here, and are skipped in the other leg. The path comes first, so that an
+# environment that is kept between clones tests this one.
+lerobot: $(LEROBOT_READY) rendering
+	@echo "== tests of what needs LeRobot"
+	@COUNTERFLOW_LEROBOT=required HF_HUB_OFFLINE=1 PYTHONPATH=src:plugins/lerobot_policy_counterflow/src \
+		$(LEROBOT_BIN)/python -m pytest tests/lerobot
+
 clean:
-	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-lerobot demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

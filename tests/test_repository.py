@@ -11,7 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
-    path for path in ROOT.rglob("*.md") if not {".venv", ".cache", "node_modules"} & set(path.relative_to(ROOT).parts)
+    path
+    for path in ROOT.rglob("*.md")
+    if not any(part.startswith((".venv", ".cache", "node_modules")) for part in path.relative_to(ROOT).parts)
 ]
 
 

@@ -19,6 +19,7 @@ class Binding:
         dim: A.
         steps: K, the denoising steps with which the noise gives its chunk.
         solver: "euler", "midpoint" or "rk4".
+        padding: trailing dimensions that the flow moves beyond those of an action.
     """
 
     policy: str
@@ -27,6 +28,12 @@ class Binding:
     dim: int
     steps: int
     solver: str = "euler"
+    padding: int = 0
+
+    @property
+    def state_dim(self) -> int:
+        """A + padding, the size of a row of a noise."""
+        return self.dim + self.padding
 
     def check(self, other: Binding, what: str) -> None:
         """Raise `MismatchError` unless `other` is the same.
@@ -45,8 +52,11 @@ class Binding:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        return asdict(self)
+        """Return plain values; padding only where there is some, so that what was written before it was known still fits."""
+        content = asdict(self)
+        if not self.padding:
+            del content["padding"]
+        return content
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Binding:

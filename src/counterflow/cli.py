@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from counterflow import cli_dataset
+from counterflow import cli_dataset, cli_lerobot
 from counterflow.cli_demonstrate import Demonstrate
 from counterflow.cli_options import LearnedName, Steering, SteerName
 from counterflow.cli_serve import Serve
@@ -113,7 +113,7 @@ class Eval:
     json: Path | None = None
     """Where to write the result."""
     policy: str | None = None
-    """A checkpoint or run folder; default: the shipped prior of the task's family."""
+    """A checkpoint, a run folder, or lerobot: and a hub id or folder; default: the shipped prior of the task's family."""
     noise_policy: Path | None = None
     """What 'counterflow distill' wrote, for --steer dsbc (or bc)."""
     num_envs: int | None = None
@@ -177,7 +177,7 @@ class Record:
     """How that noise is found. regularised: a small one that comes near what was executed, far easier to learn; exact: the
     one that gives it exactly."""
     policy: str | None = None
-    """A checkpoint or run folder; default: the shipped prior of the task's family."""
+    """A checkpoint, a run folder, or lerobot: and a hub id or folder; default: the shipped prior of the task's family."""
     num_envs: int | None = None
     """Environments stepped side by side; what is recorded does not depend on it."""
     device: str = "cpu"
@@ -244,7 +244,7 @@ class Invert:
     """Largest reconstruction error, normalised units, of a chunk that may be learned from; default: 0.5 regularised, else
     0.01."""
     policy: str | None = None
-    """A checkpoint or run folder; default: the shipped prior of the environment's family."""
+    """A checkpoint, a run folder, or lerobot: and a hub id or folder; default: the shipped prior of the environment's family."""
     device: str = "cpu"
     """Where to compute."""
 
@@ -281,6 +281,11 @@ class Dataset:
 
 
 @dataclass(frozen=True)
+class LeRobot:
+    """Steered policies and noises inside LeRobot: see 'counterflow lerobot --help'."""
+
+
+@dataclass(frozen=True)
 class Distill:
     """Distil recorded successes or inverted demonstrations into a noise policy: see 'counterflow distill --help'."""
 
@@ -308,7 +313,7 @@ class Dagger:
     seed: int = 0
     """What everything descends from."""
     policy: str | None = None
-    """A checkpoint or run folder; default: the shipped prior of the task's family."""
+    """A checkpoint, a run folder, or lerobot: and a hub id or folder; default: the shipped prior of the task's family."""
 
     def run(self, console: Console) -> None:
         """Run the rounds, with what came of each."""
@@ -360,7 +365,7 @@ class Compare:
     figure: Path | None = None
     """Where to draw bars with intervals (.png or .svg)."""
     policy: str | None = None
-    """A checkpoint for all tasks; default: each family's shipped prior."""
+    """A checkpoint for all tasks (or lerobot: and a hub id or folder); default: each family's shipped prior."""
     steering: Annotated[Steering, tyro.conf.arg(name="")] = field(default_factory=Steering)
     reasoning: Annotated[Reasoning, tyro.conf.arg(name="")] = field(default_factory=Reasoning)
 
@@ -418,7 +423,7 @@ class Film:
     tries: int = 16
     """How many episodes to try for one where the policy alone fails and the steered one succeeds; 1 films the first."""
     policy: str | None = None
-    """A checkpoint or run folder; default: the shipped prior of the task's family."""
+    """A checkpoint, a run folder, or lerobot: and a hub id or folder; default: the shipped prior of the task's family."""
     steering: Annotated[Steering, tyro.conf.arg(name="")] = field(default_factory=Steering)
     reasoning: Annotated[Reasoning, tyro.conf.arg(name="")] = field(default_factory=Reasoning)
 
@@ -461,7 +466,7 @@ class Analyse:
     figure: Path | None = None
     """Where to draw both figures."""
     policy: str | None = None
-    """A checkpoint or run folder; default: the shipped prior of the task's family."""
+    """A checkpoint, a run folder, or lerobot: and a hub id or folder; default: the shipped prior of the task's family."""
 
     def run(self, console: Console) -> None:
         """Analyse, with progress, and print the table."""
@@ -527,6 +532,7 @@ Command = (
     | Annotated[Record, tyro.conf.subcommand("record")]
     | Annotated[Invert, tyro.conf.subcommand("invert")]
     | Annotated[Dataset, tyro.conf.subcommand("dataset")]
+    | Annotated[LeRobot, tyro.conf.subcommand("lerobot")]
     | Annotated[Distill, tyro.conf.subcommand("distill")]
     | Annotated[Dagger, tyro.conf.subcommand("dagger")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
@@ -551,6 +557,9 @@ def parse(arguments: Sequence[str]) -> Any:
     if group == ["dataset"]:
         kind = cli_dataset.DatasetCommand
         return tyro.cli(kind, prog="counterflow dataset", description=cli_dataset.__doc__, args=rest)
+    if group == ["lerobot"]:
+        kind = cli_lerobot.LeRobotCommand
+        return tyro.cli(kind, prog="counterflow lerobot", description=cli_lerobot.__doc__, args=rest)
     kind = Command
     return tyro.cli(kind, prog="counterflow", description=DESCRIPTION, args=arguments)
 

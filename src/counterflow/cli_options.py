@@ -28,11 +28,19 @@ class Steering:
     """n of sample-and-rank."""
     distance: Literal["cosine", "l2"] = "cosine"
     """What sample-and-rank compares by."""
+    padding: Literal["fresh", "held", "reversed"] = "fresh"
+    """Of flow reversal steering, the padded dimensions of a policy that has some: drawn afresh, held, or kept."""
 
     def settings(self) -> MethodSettings:
         """Return the methods' settings."""
         from counterflow.steering import MethodSettings
 
         return MethodSettings(
-            self.steps, self.reversal_steps, self.perturbation, self.tau, self.candidates, self.distance
+            self.steps,
+            self.reversal_steps,
+            self.perturbation,
+            self.tau,
+            self.candidates,
+            self.distance,
+            self.padding,
         )

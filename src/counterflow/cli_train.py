@@ -62,7 +62,7 @@ class Distill:
     """Distil recorded successes, or inverted demonstrations, into a small noise policy (DSBC)."""
 
     data: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of 'counterflow record', or archives of 'counterflow invert'."""
+    """Folders of 'counterflow record', archives of 'counterflow invert', or datasets of 'counterflow lerobot augment'."""
     out: Path
     """Where to write the noise policy (.safetensors, and .json beside it)."""
     env: str | None = None

@@ -8,6 +8,7 @@ an episode's draws do not depend on which others happen to share its batch.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -70,6 +71,22 @@ class RowGenerators:
         if shape[0] != len(self._rows):
             raise InvalidInputError(f"asked for {shape[0]} rows of noise from {len(self._rows)} row generators.")
         return torch.stack([torch.randn(tuple(shape[1:]), generator=row) for row in self._rows])
+
+
+def draw_prior(
+    rng: torch.Generator | RowGenerators,
+    shape: Sequence[int],
+    device: torch.device | str = "cpu",
+    prior: str = "gaussian",
+) -> torch.Tensor:
+    """Draw noise of `shape` (B, ...) from a flow's prior: "gaussian", N(0, 1), or "uniform" on [-1, 1], entry by entry.
+
+    Both take the same draws from the generator: the uniform is the Gaussian through its own distribution function.
+    """
+    import torch
+
+    noise = draw_normal(rng, shape, device)
+    return torch.erf(noise / math.sqrt(2.0)) if prior == "uniform" else noise
 
 
 def draw_normal(

@@ -139,7 +139,7 @@ def test_your_own_module_is_evaluated_like_a_shipped_prior(env: VectorEnv) -> No
     """A policy that is nothing but a function: it stands still, so direct execution of references is what moves."""
     layout = ActionLayout((0, 1, 2), (3,), 4)
     still = FieldPolicy(lambda x, t, o: -x, ActionSpec(5, 5, (-1.0,) * 5, (1.0,) * 5, layout=layout))
-    assert policy_name(still) == "FieldPolicy"
+    assert policy_name(still) == still.fingerprint
     found = evaluate(env, still, "direct", 2, 0)
     assert found.agreement == pytest.approx(1.0)
     assert torch.tensor(found.round_trip_error) == 0

@@ -263,7 +263,7 @@ class TestMethods:
         (episode,) = SteeringDataset.load(make(tmp_path, successes=1, max_episodes=1).path).episodes
         assert not {"features", "step_features"} & set(episode.arrays)
         assert "step_noise" in episode.arrays
-        assert SteeringDataset.load(tmp_path).binding.policy == "FieldPolicy"
+        assert SteeringDataset.load(tmp_path).binding.policy == plain.fingerprint
 
 
 class TestGivingUp:

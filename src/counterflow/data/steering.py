@@ -11,16 +11,17 @@
 
 and after a kill the same lines make only what is missing. `SteeringDataset.load` reads, also while another process records.
 
-The arrays of an episode, with C decisions (chunks), T executed actions, horizon H, action dimension A:
+The arrays of an episode, with C decisions (chunks), T executed actions, horizon H, action dimension A, and L = A + padding,
+the size of a row of what the flow moves (L = A in most policies):
 
 ==================  =========  ==================================================================================
 observations        (C, O)     float32: what the policy saw when it decided
-references          (C, H, A)  float32: the coarse reference chunk, normalised; anything finite where nobody spoke
+references          (C, H, L)  float32: the coarse reference chunk, normalised; anything finite where nobody spoke
 active              (C,)       bool: somebody spoke
-steered             (C, H, A)  bool: entries of the reference that count
-noise               (C, H, A)  float32: the noise that the policy turned into the chunk
+steered             (C, H, L)  bool: entries of the reference that count
+noise               (C, H, L)  float32: the noise that the policy turned into the chunk
 start_time          (C,)       float32: where on the flow the noise lies; 0 is its beginning
-chunks              (C, H, A)  float32: the chunk, normalised
+chunks              (C, H, L)  float32: the chunk, normalised
 executed            (C,)       int64: how many of its actions were executed, 1 to H; T is their sum
 intervened          (C,)       bool: an expert was in control, not the policy
 features            (C, F)     float32, optional: the policy's own features of the observation
@@ -72,15 +73,15 @@ FORMAT = "counterflow/steering-dataset"
 FORMAT_VERSION = 1
 SOLVERS = ("euler", "midpoint", "rk4")
 
-# name -> (type, axes): C decisions, T executed actions, H horizon, A action dimension, O observation, F features
+# name -> (type, axes): C decisions, T executed actions, H horizon, A action dimension, L the flow's, O observation, F features
 REQUIRED = {
     "observations": (np.float32, "CO"),
-    "references": (np.float32, "CHA"),
+    "references": (np.float32, "CHL"),
     "active": (np.bool_, "C"),
-    "steered": (np.bool_, "CHA"),
-    "noise": (np.float32, "CHA"),
+    "steered": (np.bool_, "CHL"),
+    "noise": (np.float32, "CHL"),
     "start_time": (np.float32, "C"),
-    "chunks": (np.float32, "CHA"),
+    "chunks": (np.float32, "CHL"),
     "executed": (np.int64, "C"),
     "intervened": (np.bool_, "C"),
 }
@@ -455,7 +456,7 @@ class SteeringDataset:
         }
         if self._episodes:
             arrays = self.concatenated(("noise", "intervened"))
-            noise = arrays["noise"].reshape(len(arrays["noise"]), -1).astype(np.float64)
+            noise = arrays["noise"][..., : self.binding.dim].reshape(len(arrays["noise"]), -1).astype(np.float64)
             described["interventions"] = float(arrays["intervened"].mean())
             described["noise_norm"] = float(np.linalg.norm(noise, axis=1).mean())
             described["noise_beyond"] = {str(size): float((np.abs(noise) > size).mean()) for size in (1, 2, 3)}
@@ -678,7 +679,7 @@ def _check(episode: SteeringEpisode, binding: Binding) -> None:
     sizes = {"C": len(arrays["observations"]) if arrays["observations"].ndim else 0}
     if sizes["C"] == 0:
         raise InvalidInputError(f"{episode} has no decisions; expected one or more. Don't record empty episodes.")
-    sizes |= {"H": binding.horizon, "A": binding.dim}
+    sizes |= {"H": binding.horizon, "A": binding.dim, "L": binding.state_dim}
     _check_array(episode, "observations", *REQUIRED["observations"], sizes)
     sizes["O"] = arrays["observations"].shape[1]
     for name, (dtype, axes) in REQUIRED.items():
@@ -799,6 +800,8 @@ def _check_binding(binding: Binding) -> None:
         value = getattr(binding, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InvalidInputError(f"the binding's {name} is {value!r}; expected an integer of at least 1.")
+    if isinstance(binding.padding, bool) or not isinstance(binding.padding, int) or binding.padding < 0:
+        raise InvalidInputError(f"the binding's padding is {binding.padding!r}; expected an integer of at least 0.")
     if binding.solver not in SOLVERS:
         raise UnknownNameError("solver", str(binding.solver), SOLVERS)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from counterflow.envs import VectorEnv
-from counterflow.errors import InvalidInputError
+from counterflow.errors import InvalidInputError, MismatchError
 from counterflow.experiments.evaluate import ReasonerSettings
 from counterflow.experiments.rollout import check_fit
 from counterflow.flow import denoise, log_prob, reverse
@@ -132,7 +132,15 @@ def analyse_reversal(
         reference: N rows.
         steps: the values of K.
         on_step: called after each.
+
+    Raises:
+        MismatchError: the policy's prior isn't Gaussian.
     """
+    if policy.action_spec.prior != "gaussian":
+        raise MismatchError(
+            f"the policy's noise is {policy.action_spec.prior}; log-probabilities and percentiles are those of Gaussian noise. "
+            "Use a policy with a Gaussian prior."
+        )
     field = bind(policy, policy.encode(observations))
     chunk = reference.chunk.to(getattr(policy, "device", "cpu"))
     before = log_prob(field, chunk, LIKELIHOOD_STEPS)
@@ -142,6 +150,7 @@ def analyse_reversal(
         steered = denoise(field, noise, count)
         displacement.append((steered - chunk).flatten(1).norm(dim=1).cpu().numpy())
         gain.append((log_prob(field, steered, LIKELIHOOD_STEPS) - before).cpu().numpy())
+        noise = noise[..., : policy.action_spec.dim]
         half_square = noise.double().square().flatten(1).sum(1) / 2
         shape = torch.full_like(half_square, noise[0].numel() / 2)
         percentile.append(torch.special.gammainc(shape, half_square).cpu().numpy())

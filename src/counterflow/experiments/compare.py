@@ -240,5 +240,8 @@ def _run(
 
 def _key(result: dict[str, Any]) -> str:
     """Return what must agree for a result to be used again."""
-    names = ("label", "env", "steer", "episodes", "seed", "policy", "asked")
-    return json.dumps({name: result[name] for name in names}, sort_keys=True)
+    names = ("label", "env", "steer", "episodes", "seed", "policy")
+    asked = result["asked"]
+    # A setting that came after a result was written had its default then.
+    asked = {**asked, "method": asdict(MethodSettings()) | asked["method"]}
+    return json.dumps({"asked": asked, **{name: result[name] for name in names}}, sort_keys=True)

@@ -18,7 +18,7 @@ import torch
 
 from counterflow.data import SteeringDataset, SteeringEpisode
 from counterflow.envs import Batch, VectorEnv
-from counterflow.errors import DatasetError, InvalidInputError, TrainingError
+from counterflow.errors import DatasetError, InvalidInputError, MismatchError, TrainingError
 from counterflow.experiments.distill import examples_of
 from counterflow.experiments.evaluate import check_episodes, load_prior, open_env
 from counterflow.experiments.inversion import InversionSettings
@@ -106,6 +106,11 @@ def dagger(
     check_episodes(episodes)
     config, out = DAggerConfig() if config is None else config, Path(out)
     prior = load_prior(env, policy)
+    if prior.action_spec.past:
+        raise MismatchError(
+            f"the policy plans {prior.action_spec.past} actions that are over when it decides, so an expert's chunk is none of "
+            "its own. Use a policy that sees one observation at a time, or distil demonstrations instead."
+        )
     beginning = examples_of(data, config.distillation, env=None, first=first)
     settings = _plain(
         {
@@ -213,7 +218,7 @@ def run_with_expert(
             for row, decision, success, over in _expert_chunks(env, batch, theirs, experts, spec, features):
                 made[row] = decision, success, over
         if ours:
-            after = env.execute(plan.actions.cpu().numpy(), rows=ours)
+            after = env.execute(plan.actions[:, : spec.executed].cpu().numpy(), rows=ours)
             for row in ours:
                 decision = decision_of(plan, after, row, before[row])
                 made[row] = decision, bool(after.success[row]), bool(after.done[row])
@@ -243,7 +248,7 @@ def corrections_of(dataset: SteeringDataset, inputs: str) -> list[NoiseExamples]
         usable = usable_corrections(episode)
         if usable.any():
             shown.append(episode.arrays[name][usable].reshape(int(usable.sum()), -1))
-            targets.append(episode.arrays["step_noise"][usable])
+            targets.append(episode.arrays["step_noise"][usable][..., : dataset.binding.dim])
             episodes.append(np.full(int(usable.sum()), number, np.int64))
     if shown:
         found.append(
@@ -283,7 +288,7 @@ def _expert_chunks(
     rewards: dict[int, list[float]] = {row: [] for row in rows}
     success, over = dict.fromkeys(rows, False), dict.fromkeys(rows, False)
     actions = np.zeros((env.num_envs, 1, spec.dim), np.float32)
-    for _ in range(spec.horizon):
+    for _ in range(spec.executed or spec.horizon):
         alive = [row for row in rows if not over[row]]
         if not alive:
             break

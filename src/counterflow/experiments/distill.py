@@ -13,6 +13,7 @@ import numpy as np
 from counterflow.data import EpisodeDataset, SteeringDataset
 from counterflow.errors import DatasetError, InvalidInputError, MismatchError, UnknownNameError
 from counterflow.experiments.inversion import read_binding
+from counterflow.experiments.lerobot_data import is_augmented, lerobot_examples
 from counterflow.learning.dsbc import DSBCConfig, NoiseExamples, Progress, distil, join
 from counterflow.steering import ChunkRegressor
 
@@ -25,8 +26,8 @@ def examples_of(
     """Read what there is to learn from.
 
     Args:
-        path: the folder of a steering dataset, whose successful episodes are used, or an archive of 'counterflow invert', of
-            which every chunk is used whose noise was found.
+        path: the folder of a steering dataset, whose successful episodes are used; or an archive of 'counterflow invert', or a
+            LeRobotDataset of 'counterflow lerobot augment', of which every chunk is used whose noise was found.
         config: says which inputs and targets are wanted.
         env: of a steering dataset, use this task's episodes alone.
         first: use the first so many (successful) episodes; of a steering dataset, of every task.
@@ -40,6 +41,8 @@ def examples_of(
     path = Path(path)
     if windows not in get_args(Windows):
         raise UnknownNameError("windows", str(windows), get_args(Windows))
+    if is_augmented(path):
+        return lerobot_examples(path, config, first)
     if path.is_dir():
         return _of_steering(SteeringDataset.load(path), config, env, first, windows)
     return _of_archive(path, config, first)
@@ -70,7 +73,10 @@ def _of_steering(
         raise DatasetError(f"no chunk of {dataset.path} came from a noise at t = 0. Record with another method.")
     shown = arrays[names[0]][usable]
     return NoiseExamples(
-        shown.reshape(len(shown), -1), arrays[names[1]][usable], arrays["episode"][usable], dataset.binding
+        shown.reshape(len(shown), -1),
+        arrays[names[1]][usable][..., : dataset.binding.dim],  # nobody could learn the padding: it is drawn afresh
+        arrays["episode"][usable],
+        dataset.binding,
     )
 
 
@@ -94,7 +100,7 @@ def _of_archive(path: Path, config: DSBCConfig, first: int | None) -> NoiseExamp
         episodes.append(np.full(len(starts), index, np.int64))
     return NoiseExamples(
         np.concatenate(shown).astype(np.float32),
-        np.concatenate(targets).astype(np.float32),
+        np.concatenate(targets)[..., : binding.dim].astype(np.float32),
         np.concatenate(episodes),
         binding,
     )

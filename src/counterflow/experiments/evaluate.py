@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import counterflow
-from counterflow.envs import RenderSettings, VectorEnv, check_env_name, family_of, make_env
+from counterflow.envs import RenderSettings, VectorEnv, check_env_name, describe, family_of, make_env
 from counterflow.errors import InvalidInputError, MismatchError
 from counterflow.experiments.rollout import Episode, MakeReasoner, run_episodes
 from counterflow.experiments.statistics import SuccessRate
@@ -138,6 +138,9 @@ class Evaluation:
 def load_prior(env: str, policy: str | None = None, device: str = "cpu") -> BasePolicy:
     """Load the base policy for an environment: the one at `policy`, or the shipped prior of its family.
 
+    What a policy of another library doesn't say (which dimension does what, limits, the task in words) is the environment's
+    to say.
+
     Raises:
         UnknownNameError: no such environment, or no such policy.
         CheckpointError: the policy can't be read.
@@ -145,14 +148,19 @@ def load_prior(env: str, policy: str | None = None, device: str = "cpu") -> Base
     """
     check_env_name(env)
     if policy is not None:
-        return load(policy, device)
+        found: BasePolicy = load(policy, device)
+        if hasattr(found, "for_environment"):
+            spec = describe(env)
+            found = found.for_environment(spec.action_layout, spec.action_low, spec.action_high, spec.task)
+        return found
     family = family_of(env)
     if family not in SHIPPED_PRIORS:
         raise MismatchError(
             f"no prior is shipped for {family} (there are priors for {', '.join(SHIPPED_PRIORS)}). Make one: "
             f"'counterflow collect {family}' and 'counterflow train bc', then pass it with --policy."
         )
-    return load(SHIPPED_PRIORS[family], device)
+    shipped: BasePolicy = load(SHIPPED_PRIORS[family], device)
+    return shipped
 
 
 def check_episodes(episodes: int) -> int:
@@ -267,7 +275,12 @@ def own_settings(method: str, settings: MethodSettings) -> dict[str, Any]:
     own: dict[str, Any] = {
         "base": {"steps": settings.steps},
         "direct": {"steps": settings.steps},
-        "frs": {"reversal_steps": settings.reversal_steps, "perturbation": settings.perturbation},
+        "frs": {
+            "reversal_steps": settings.reversal_steps,
+            "perturbation": settings.perturbation,
+            # Left out where it is the default, so that recordings made before it was known go on.
+            **({} if settings.padding == "fresh" else {"padding": settings.padding}),
+        },
         "partial": {"steps": settings.steps, "tau": settings.tau},
         "rank": {"steps": settings.steps, "candidates": settings.candidates, "distance": settings.distance},
         "dsbc": {"perturbation": settings.perturbation},

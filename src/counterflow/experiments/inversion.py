@@ -35,7 +35,7 @@ from counterflow.errors import DatasetError, InvalidInputError, UnknownNameError
 from counterflow.experiments.evaluate import load_prior
 from counterflow.experiments.train import check_dataset
 from counterflow.files import replacing, write_json
-from counterflow.flow import denoise, invert, refine, reverse
+from counterflow.flow import Field, denoise, invert, refine, reverse
 from counterflow.flow.field import flatten_rows
 from counterflow.policies import BasePolicy, bind
 from counterflow.steering import binding_of
@@ -125,8 +125,13 @@ def invert_chunks(
     policy: BasePolicy, observations: Tensor, chunks: Tensor, settings: InversionSettings
 ) -> tuple[Tensor, Tensor]:
     """Return noises (B, H, A) and reconstruction errors (B,) of chunks (B, H, A), normalised, at observations (B, ...)."""
-    field = bind(policy, policy.encode(observations))
     chunks = chunks.to(getattr(policy, "device", chunks.device))
+    return invert_field(bind(policy, policy.encode(observations)), chunks, settings)
+
+
+@torch.no_grad()
+def invert_field(field: Field, chunks: Tensor, settings: InversionSettings) -> tuple[Tensor, Tensor]:
+    """Return noises and reconstruction errors of chunks (B, H, A), normalised, under a policy's field for B observations."""
     if settings.method == "regularised":
         beginning = torch.nan_to_num(reverse(field, chunks, settings.steps))
         beginning = beginning.clamp(-LARGEST_BEGINNING, LARGEST_BEGINNING)
@@ -223,7 +228,8 @@ def add_noises(
     actions = torch.from_numpy(np.ascontiguousarray(dataset.gather("actions"), np.float32))
     ends = np.cumsum(dataset.lengths)
     inside = [
-        np.arange(end - length, end - spec.horizon + 1) for end, length in zip(ends, dataset.lengths, strict=True)
+        np.arange(end - length, end - spec.horizon + 1) + spec.past  # where a chunk is decided on, its past is over
+        for end, length in zip(ends, dataset.lengths, strict=True)
     ]
     starts = torch.from_numpy(np.concatenate(inside))
     if len(starts) == 0:
@@ -232,9 +238,9 @@ def add_noises(
             "steps. Use longer episodes, or a policy with a shorter horizon."
         )
     rows = len(observations)
-    noise = np.zeros((rows, spec.horizon, spec.dim), np.float32)
+    noise = np.zeros((rows, spec.horizon, spec.state_dim), np.float32)
     errors = np.full(rows, np.nan, np.float32)
-    window = torch.arange(spec.horizon)
+    window = torch.arange(spec.horizon) - spec.past
     for first in range(0, len(starts), settings.batch_size):
         some = starts[first : first + settings.batch_size]
         chunks = spec.normalise(actions[some[:, None] + window])

@@ -197,14 +197,14 @@ def step_noises(
     observations, actions = arrays["step_observations"], arrays["step_actions"]
     steps, spec = len(actions), policy.action_spec
     found = {
-        "step_noise": np.zeros((steps, spec.horizon, spec.dim), np.float32),
+        "step_noise": np.zeros((steps, spec.horizon, spec.state_dim), np.float32),
         "step_noise_valid": np.zeros(steps, bool),
-        "step_chunks": np.zeros((steps, spec.horizon, spec.dim), np.float32),
+        "step_chunks": np.zeros((steps, spec.horizon, spec.state_dim), np.float32),
     }
     if steps >= spec.horizon:
         noises, _ = add_noises(one_episode(observations, actions), policy, settings)
         windows = np.lib.stride_tricks.sliding_window_view(noises["normalised_actions"], spec.horizon, axis=0)
-        found["step_chunks"][: len(windows)] = windows.transpose(0, 2, 1)
+        found["step_chunks"][spec.past : spec.past + len(windows)] = windows.transpose(0, 2, 1)
         found |= {"step_noise": noises["noise"], "step_noise_valid": noises["noise_valid"]}
     if hasattr(policy, "features"):
         with torch.no_grad():

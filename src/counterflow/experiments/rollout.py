@@ -119,6 +119,12 @@ def check_fit(policy: BasePolicy, spec: EnvSpec) -> None:
             f"the policy acts in {policy.action_spec.dim} dimensions and {spec.name} expects {spec.action_dim}. "
             f"Use a policy that was trained for {spec.family}."
         )
+    cameras = tuple(getattr(policy, "cameras", ()))
+    if cameras:
+        raise MismatchError(
+            f"the policy looks through {len(cameras)} cameras ({', '.join(cameras)}) and {spec.name} shows a state of "
+            f"{spec.observation_dim} numbers and no images. Use a policy on states, or run this one where its cameras are."
+        )
     observation_dim = getattr(policy, "observation_dim", None)
     if observation_dim is not None and observation_dim != spec.observation_dim:
         raise MismatchError(
@@ -142,7 +148,7 @@ def run_episodes(
     """Run one episode a seed and return them in the order of the seeds.
 
     Args:
-        policy: the steered policy; its chunks are executed open loop, whole.
+        policy: the steered policy; its chunks are executed open loop, as far as its action space says.
         env: where to run; all its rows are used.
         seeds: one a episode.
         make_reasoner: makes the reasoner of a row; None: nobody gives references.
@@ -196,7 +202,7 @@ def run_episodes(
             _film_before(episodes, playing, env, batch, directions)
         before = batch.observation
         plan = policy.act(torch.from_numpy(before), reference, noise)
-        actions = plan.actions.cpu().numpy()
+        actions = plan.actions[:, : spec.executed].cpu().numpy()
         batch = env.execute(actions, rows=active, record=active if film else ())
         if record:
             for row in active:

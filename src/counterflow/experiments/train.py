@@ -18,7 +18,8 @@ from counterflow.errors import DatasetError, InvalidInputError, MismatchError, T
 from counterflow.experiments.evaluate import machine
 from counterflow.experiments.run import Run, read_config
 from counterflow.learning import BCConfig, BCLearner
-from counterflow.policies import ActionSpec, FlowPolicy, NetworkConfig, Normaliser, as_device, load, save
+from counterflow.policies import ActionSpec, FlowPolicy, NetworkConfig, Normaliser, as_device, save
+from counterflow.policies.checkpoint import load
 from counterflow.random import check_seed, child_seed, generator
 
 VALIDATION_CHUNKS = 16_384

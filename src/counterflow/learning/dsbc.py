@@ -84,7 +84,7 @@ class NoiseExamples:
 
     Attributes:
         inputs: (N, F) float32.
-        targets: (N, H, A) float32: noises, or normalised actions.
+        targets: (N, H, A) float32: noises, or normalised actions, without what the flow moves beyond them (padding).
         episodes: (N,) int64, the number of each pair's episode.
         binding: what the noises belong to.
     """

@@ -1,9 +1,19 @@
 """Base policies: what can be steered."""
 
 from counterflow.layout import ActionLayout
-from counterflow.policies.base import ActionSpec, BasePolicy, Context, FieldPolicy, as_device, bind, repeat_context
-from counterflow.policies.checkpoint import load, save, shipped_priors
+from counterflow.policies.base import (
+    ActionSpec,
+    BasePolicy,
+    Context,
+    FieldPolicy,
+    Prior,
+    as_device,
+    bind,
+    repeat_context,
+)
+from counterflow.policies.checkpoint import save, shipped_priors
 from counterflow.policies.flow_policy import FlowPolicy, NetworkConfig
+from counterflow.policies.loading import load
 from counterflow.policies.networks import MLPNetwork, TransformerNetwork
 from counterflow.policies.normalisation import NormalisationKind, Normaliser
 
@@ -18,6 +28,7 @@ __all__ = [
     "NetworkConfig",
     "NormalisationKind",
     "Normaliser",
+    "Prior",
     "TransformerNetwork",
     "as_device",
     "bind",

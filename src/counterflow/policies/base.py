@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._pytree import tree_map
 
-from counterflow.errors import InvalidInputError, MismatchError
+from counterflow.errors import InvalidInputError, MismatchError, UnknownNameError
 from counterflow.flow import Field
 from counterflow.layout import ActionLayout
+from counterflow.policies.identity import identify
 from counterflow.policies.normalisation import Normaliser
+
+Prior = Literal["gaussian", "uniform"]
+"""The law of the flow's noise, entry by entry: N(0, 1), or uniform on [-1, 1]."""
 
 Context = Any
 """Whatever `encode` returns: a tensor, or a pytree of tensors, whose leading dimension is the batch."""
@@ -27,16 +32,26 @@ Context = Any
 class ActionSpec:
     """A policy's action space: the size of a chunk, its limits, and the way between environment and normalised units.
 
+    The flow moves states (B, H, A + padding). In most policies that is the chunk of actions itself; what is more than that
+    (padded dimensions, rows that lie in the past) belongs to the flow and is never executed.
+
     Attributes:
-        horizon: H, actions in a chunk.
+        horizon: H, rows of the flow's state: the actions in a chunk, after those that lie in the past.
         dim: A, the dimension of an action.
         low: (A,) lowest action in environment units; None: unlimited.
         high: (A,) highest action in environment units; None: unlimited.
         normaliser: from environment units to the policy's; None: they are the same.
         layout: which dimension does what; None: unknown (references must then be given as chunks, not directions).
+        padding: trailing dimensions that the flow moves and nobody executes (pi0 and SmolVLA pad every robot's actions to
+            32). Trained as zero; no reference speaks for them.
+        past: leading rows that lie in the past (a policy that sees n observations plans from the first of them, so n - 1
+            of its actions are over when it has decided); never executed, and no reference speaks for them.
+        executed: how many of a chunk's actions are executed before the policy is asked again; None: all.
+        prior: the law of the flow's noise.
 
     Raises:
-        InvalidInputError: a size is not positive, or limits or layout don't fit the dimension.
+        InvalidInputError: a size is out of range, or limits or layout don't fit the dimension.
+        UnknownNameError: no such prior.
     """
 
     horizon: int
@@ -45,12 +60,28 @@ class ActionSpec:
     high: tuple[float, ...] | None = None
     normaliser: Normaliser | None = None
     layout: ActionLayout | None = None
+    padding: int = 0
+    past: int = 0
+    executed: int | None = None
+    prior: Prior = "gaussian"
 
     def __post_init__(self) -> None:
         """Check that everything fits together."""
+        if self.prior not in get_args(Prior):
+            raise UnknownNameError("prior", str(self.prior), get_args(Prior))
         if self.horizon < 1 or self.dim < 1:
             raise InvalidInputError(
                 f"an action chunk of {self.horizon} x {self.dim} was described; expected 1 x 1 or more."
+            )
+        if self.padding < 0 or not 0 <= self.past < self.horizon:
+            raise InvalidInputError(
+                f"padding is {self.padding} and {self.past} of {self.horizon} rows lie in the past; expected 0 or more, and 0 "
+                f"to {self.horizon - 1}."
+            )
+        if self.executed is not None and not 1 <= self.executed <= self.horizon - self.past:
+            raise InvalidInputError(
+                f"{self.executed} actions of a chunk were to be executed; expected 1 to {self.horizon - self.past}, or None "
+                "for all."
             )
         for name, limit in (("low", self.low), ("high", self.high)):
             if limit is not None and len(limit) != self.dim:
@@ -73,12 +104,24 @@ class ActionSpec:
                     f"the layout names dimensions {named}; expected different ones from 0 to {self.dim - 1}."
                 )
 
+    @property
+    def state_dim(self) -> int:
+        """A + padding, the size of a row of what the flow moves."""
+        return self.dim + self.padding
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the flow's state is the executed chunk and nothing else: no padding, no rows that lie in the past."""
+        return self.padding == 0 and self.past == 0
+
     def normalise(self, actions: Tensor) -> Tensor:
-        """Bring actions (..., A) from environment units to the policy's."""
-        return actions if self.normaliser is None else self.normaliser.normalise(actions)
+        """Bring actions (..., A) from environment units to the policy's, (..., A + padding) with zeros in the padding."""
+        normalised = actions if self.normaliser is None else self.normaliser.normalise(actions)
+        return functional.pad(normalised, (0, self.padding)) if self.padding else normalised
 
     def denormalise(self, actions: Tensor) -> Tensor:
-        """Bring actions (..., A) from the policy's units to the environment's."""
+        """Bring actions (..., A + padding) from the policy's units to the environment's, (..., A)."""
+        actions = actions[..., : self.dim] if self.padding else actions
         return actions if self.normaliser is None else self.normaliser.denormalise(actions)
 
     def limit(self, actions: Tensor) -> Tensor:
@@ -94,8 +137,8 @@ class ActionSpec:
 class BasePolicy(Protocol):
     """A frozen flow policy.
 
-    Optional attributes that are used where they exist: `device` (where it computes), `observation_dim` (checked against
-    the environment).
+    Optional attributes that are used where they exist: `device` (where it computes), `observation_dim` and `cameras`
+    (checked against the environment), `family` and `fingerprint` (what learned noises are bound to), `features`.
     """
 
     @property
@@ -108,7 +151,7 @@ class BasePolicy(Protocol):
         ...
 
     def velocity(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
-        """Return the velocity (B, H, A) at state x (B, H, A), normalised, and time t (B,); t = 0 is noise."""
+        """Return the velocity at state x (B, H, A + padding), normalised, and time t (B,), in x's shape; t = 0 is noise."""
         ...
 
 
@@ -156,6 +199,8 @@ class FieldPolicy:
         action_spec: horizon, dimension, limits, normalisation and layout of its actions.
         encode: what to compute once an observation, for example normalisation or a vision backbone; None: nothing.
         device: where it computes; None: where its parameters lie, else the CPU.
+        name: stands for field and encoder in the fingerprint, in the place of their code and numbers; for what can't be
+            looked into (a server, a compiled library), or code that should count as the same when it is rewritten.
     """
 
     def __init__(
@@ -164,12 +209,23 @@ class FieldPolicy:
         action_spec: ActionSpec,
         encode: Callable[[Any], Context] | None = None,
         device: torch.device | str | None = None,
+        name: str | None = None,
     ) -> None:
+        self._name = name
         self._field, self._encode, self.action_spec = field, encode, action_spec
         if device is None:
             parameter = next(field.parameters(), None) if isinstance(field, nn.Module) else None
             device = "cpu" if parameter is None else parameter.device
         self.device = torch.device(device)
+
+    @property
+    def fingerprint(self) -> str:
+        """A short name for exactly this policy: whatever depends on it (noises, critics) can refuse another.
+
+        It depends on the numbers and the code of the field and of the encoder (see `identity.identify`; or on `name` in
+        their place) and on the action space.
+        """
+        return identify(type(self), self._name or (self._field, self._encode), self.action_spec)
 
     def encode(self, observation: Any) -> Context:
         """Move a tensor to the device and apply what was given as `encode`."""

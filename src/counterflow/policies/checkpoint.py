@@ -77,9 +77,10 @@ def _find(path_or_name: Path | str) -> Path:
     if found is not None:
         return found
     if path.is_dir():
+        lerobot = f" For one of LeRobot's policies say lerobot:{path}." if (path / "config.json").is_file() else ""
         raise CheckpointError(
             f"the folder {path} holds no policy; expected {' or '.join(INSIDE_A_RUN)}. A run writes one at its first "
-            "checkpoint."
+            f"checkpoint.{lerobot}"
         )
     if str(path_or_name) in shipped_priors():
         return PRIORS / f"{path_or_name}.safetensors"

@@ -61,6 +61,9 @@ class FlowPolicy(nn.Module):
         observation_normaliser: from observations (O,) as the environment gives them to what the network sees.
         action_spec: the action space, with the actions' normaliser.
         family: the environments that it was made for, for example "ogbench/cube-single"; "" if unknown.
+
+    Raises:
+        InvalidInputError: the action space is padded, reaches into the past, or has another prior than the Gaussian.
     """
 
     def __init__(
@@ -70,6 +73,11 @@ class FlowPolicy(nn.Module):
         action_spec: ActionSpec,
         family: str = "",
     ) -> None:
+        if not action_spec.is_plain or action_spec.prior != "gaussian":
+            raise InvalidInputError(
+                f"this policy's flow moves its chunk and nothing else, from Gaussian noise; padding is {action_spec.padding}, "
+                f"past {action_spec.past}, prior {action_spec.prior!r}. Expected 0, 0 and 'gaussian'."
+            )
         super().__init__()
         self.config, self.action_spec, self.family = network, action_spec, family
         self.observation_normaliser = observation_normaliser

@@ -108,7 +108,7 @@ def to_reference(directions: Sequence[Direction], spec: ActionSpec, convention: 
         convention: magnitudes and who decides what.
 
     Returns:
-        The reference, chunk (B, H, A) normalised.
+        The reference, chunk (B, H, A + padding) normalised.
 
     Raises:
         MismatchError: the action space has no layout, or no gripper to command.
@@ -145,7 +145,8 @@ def to_reference(directions: Sequence[Direction], spec: ActionSpec, convention: 
         chunk = spec.normalise(raw)
         chunk[:, axes] = translation[:, : len(axes)]
     active = torch.tensor([not direction.defer for direction in directions], dtype=torch.bool)
-    return Reference.of(chunk[:, None].expand(rows, spec.horizon, dims).clone(), active, steered)
+    whole = chunk[:, None, :dims].expand(rows, spec.horizon, dims).clone()
+    return Reference.of(whole, active, steered).within(spec)
 
 
 class Reasoner(Protocol):

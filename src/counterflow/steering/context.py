@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from counterflow.errors import InvalidInputError, MismatchError
 from counterflow.policies import ActionSpec, repeat_context
@@ -57,9 +58,24 @@ class Reference:
             raise InvalidInputError(f"`active` has shape {tuple(active.shape)}; expected ({chunk.shape[0]},).")
         return cls(chunk, active.bool(), steered.bool())
 
+    def within(self, spec: ActionSpec) -> Reference:
+        """Return the reference in the shape of the flow's state, speaking for nothing that isn't executed.
+
+        A chunk (B, H, A) of a padded action space gets zeros, with which the flow was trained, in the padding. The padding
+        and the rows that lie in the past are nobody's to steer: after a reversal their noise is drawn afresh.
+        """
+        if spec.is_plain:
+            return self
+        chunk, steered = self.chunk, self.steered
+        if spec.padding and chunk.shape[-1] == spec.dim:
+            chunk, steered = functional.pad(chunk, (0, spec.padding)), functional.pad(steered, (0, spec.padding))
+        inside = torch.zeros_like(steered)
+        inside[:, spec.past :, : spec.dim] = True
+        return Reference(chunk, self.active, steered & inside)
+
     def check(self, spec: ActionSpec, rows: int) -> None:
         """Raise `MismatchError` unless the reference fits `rows` observations and the action space."""
-        expected = (rows, spec.horizon, spec.dim)
+        expected = (rows, spec.horizon, spec.state_dim)
         if tuple(self.chunk.shape) != expected:
             raise MismatchError(
                 f"the reference has shape {tuple(self.chunk.shape)}; the policy and the observations need {expected} "

@@ -124,4 +124,6 @@ class Limits:
         """Clip."""
         low = torch.as_tensor(self.low, dtype=chunks.dtype, device=chunks.device)
         high = torch.as_tensor(self.high, dtype=chunks.dtype, device=chunks.device)
-        return chunks.clamp(low, high)
+        dims = max(low.shape[-1] if low.ndim else 0, high.shape[-1] if high.ndim else 0) or chunks.shape[-1]
+        # Limits of an action say nothing of what the flow moves beyond it (padding).
+        return torch.cat([chunks[..., :dims].clamp(low, high), chunks[..., dims:]], dim=-1)

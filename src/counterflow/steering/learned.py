@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from counterflow.binding import Binding
 from counterflow.errors import CheckpointError, CounterflowError, InvalidInputError, MismatchError, UnknownNameError
@@ -26,7 +27,7 @@ from counterflow.policies.described import (
     weights_path,
 )
 from counterflow.policies.ensemble import EnsembleMLP
-from counterflow.random import draw_normal
+from counterflow.random import draw_normal, draw_prior
 from counterflow.steering.context import SteeringContext
 from counterflow.steering.start import Rng
 from counterflow.steering.steered import SteeredPolicy, features_of, frozen
@@ -82,7 +83,7 @@ class ChunkRegressor(nn.Module):
     Args:
         config: architecture, inputs and target.
         input_normaliser: fitted to the inputs (F entries).
-        output_normaliser: fitted to the flattened targets (H * A entries).
+        output_normaliser: fitted to the flattened targets (H * A entries; padding isn't learned).
         binding: what the targets belong to.
     """
 
@@ -212,7 +213,7 @@ def binding_of(policy: BasePolicy, steps: int, solver: str = "euler") -> Binding
     """Return what noises of this policy belong to when they are denoised in `steps` steps."""
     inner, spec = frozen(policy), policy.action_spec
     name = str(getattr(inner, "fingerprint", type(inner).__name__))
-    return Binding(name, str(getattr(inner, "family", "")), spec.horizon, spec.dim, steps, solver)
+    return Binding(name, str(getattr(inner, "family", "")), spec.horizon, spec.dim, steps, solver, spec.padding)
 
 
 @dataclass(frozen=True)
@@ -241,10 +242,14 @@ class LearnedNoise:
             raise InvalidInputError(f"LearnedNoise perturbation is {self.perturbation!r}; expected 0 to 10.")
 
     def __call__(self, policy: BasePolicy, context: SteeringContext, rng: Rng) -> tuple[Tensor, Tensor]:
-        """Return the learned noise at t = 0."""
+        """Return the learned noise at t = 0, with the prior's own in the padding."""
         noise = self.regressor(self.regressor.inputs_of(policy, context))
         if self.perturbation:
             noise = noise + self.perturbation * draw_normal(rng, noise.shape, noise.device)
+        spec = policy.action_spec
+        if spec.padding:
+            fresh = draw_prior(rng, (*noise.shape[:-1], spec.padding), noise.device, spec.prior)
+            noise = torch.cat([noise, fresh], dim=-1)
         return noise, noise.new_zeros(context.batch_size)
 
 
@@ -271,7 +276,7 @@ class ExecuteLearned:
     def __call__(self, chunks: Tensor, context: SteeringContext) -> Tensor:
         """Put the learned chunk in the place of the candidates."""
         chunk: Tensor = self.regressor(self.regressor.inputs_of(self.policy, context))
-        return chunk[:, None].to(chunks)
+        return functional.pad(chunk, (0, chunks.shape[-1] - chunk.shape[-1]))[:, None].to(chunks)
 
 
 def steer_learned(base: BasePolicy, regressor: ChunkRegressor, perturbation: float = 0.0) -> SteeredPolicy:

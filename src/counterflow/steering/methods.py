@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from counterflow.errors import UnknownNameError
 from counterflow.policies import BasePolicy
 from counterflow.steering.edit import ExecuteReference, NearestToReference
-from counterflow.steering.start import FlowReversal, PartialNoising
+from counterflow.steering.start import FlowReversal, Padding, PartialNoising
 from counterflow.steering.steered import SteeredPolicy, check_steps
 
 MethodName = Literal["base", "direct", "frs", "partial", "rank"]
@@ -25,6 +25,7 @@ class MethodSettings:
         tau: of partial noising.
         candidates: n of sample-and-rank.
         distance: of sample-and-rank, "cosine" or "l2".
+        padding: of FRS, what becomes of padded dimensions: "fresh", "held" or "reversed".
     """
 
     steps: int = 10
@@ -33,6 +34,7 @@ class MethodSettings:
     tau: float = 0.5
     candidates: int = 16
     distance: Literal["cosine", "l2"] = "cosine"
+    padding: Padding = "fresh"
 
 
 def steer(base: BasePolicy, method: str, settings: MethodSettings | None = None) -> SteeredPolicy:
@@ -48,7 +50,7 @@ def steer(base: BasePolicy, method: str, settings: MethodSettings | None = None)
     if method == "direct":
         return SteeredPolicy(base, edit=ExecuteReference(), steps=settings.steps)
     if method == "frs":
-        start = FlowReversal(settings.reversal_steps, perturbation=settings.perturbation)
+        start = FlowReversal(settings.reversal_steps, perturbation=settings.perturbation, padding=settings.padding)
         return SteeredPolicy(base, start=start, steps=settings.reversal_steps)
     if method == "partial":
         noising = PartialNoising(settings.tau)

@@ -7,18 +7,20 @@ that state lies on the flow. t = 0 is noise; a start may also enter the flow par
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from counterflow.errors import InvalidInputError
-from counterflow.flow import invert, reverse
+from counterflow.flow import Field, invert, reverse
+from counterflow.flow.field import per_row
 from counterflow.policies import BasePolicy, bind
-from counterflow.random import RowGenerators, draw_normal
+from counterflow.random import RowGenerators, draw_normal, draw_prior
 from counterflow.steering.context import Reference, SteeringContext
 
 Rng = torch.Generator | RowGenerators
+Padding = Literal["fresh", "held", "reversed"]
 
 
 class Start(Protocol):
@@ -30,11 +32,11 @@ class Start(Protocol):
 
 
 def _fresh(policy: BasePolicy, context: SteeringContext, rng: Rng) -> Tensor:
-    """Draw N(0, I) for every row, on the device of the reference where there is one."""
+    """Draw the prior's noise for every row, on the device of the reference where there is one."""
     device = torch.device("cpu") if context.reference is None else context.reference.chunk.device
     device = getattr(policy, "device", device)
-    shape = (context.batch_size, policy.action_spec.horizon, policy.action_spec.dim)
-    return draw_normal(rng, shape, device)
+    spec = policy.action_spec
+    return draw_prior(rng, (context.batch_size, spec.horizon, spec.state_dim), device, spec.prior)
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Gaussian:
     """Fresh noise: what the base policy does by itself."""
 
     def __call__(self, policy: BasePolicy, context: SteeringContext, rng: Rng) -> tuple[Tensor, Tensor]:
-        """Return N(0, I) at t = 0."""
+        """Return the prior's noise at t = 0."""
         noise = _fresh(policy, context, rng)
         return noise, noise.new_zeros(context.batch_size)
 
@@ -63,6 +65,10 @@ class FlowReversal:
             denoises from there.
         perturbation: standard deviation of Gaussian noise added to the reversed noise (at full depth up to 1 does no
             harm: reversal finds a good region, not a point).
+        padding: what becomes of padded dimensions, which a reversal moves away from where the flow was trained. "fresh":
+            they are reversed along and then drawn afresh (the paper's in-painting); "held": all the way back they stay on
+            the straight path between fresh noise and the zeros of training, so that the network never sees them drift;
+            "reversed": they keep what reversal gave. It makes no difference where nothing is padded.
 
     Raises:
         InvalidInputError: a setting is out of range.
@@ -72,9 +78,14 @@ class FlowReversal:
     solver: Literal["euler", "midpoint", "rk4", "exact"] = "euler"
     depth: float = 1.0
     perturbation: float = 0.0
+    padding: Padding = "fresh"
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        if self.padding not in get_args(Padding):
+            raise InvalidInputError(
+                f"FlowReversal padding is {self.padding!r}; expected 'fresh', 'held' or 'reversed'."
+            )
         if not (isinstance(self.steps, int) and 1 <= self.steps <= 1000):
             raise InvalidInputError(f"FlowReversal steps (K) is {self.steps!r}; expected an integer from 1 to 1000.")
         if self.solver not in ("euler", "midpoint", "rk4", "exact"):
@@ -95,6 +106,9 @@ class FlowReversal:
         if reference is None:
             return fresh, fresh.new_zeros(context.batch_size)
         field = bind(policy, context.features)
+        first_padded = policy.action_spec.dim
+        if policy.action_spec.padding and self.padding == "held":
+            field = _holding(field, fresh, first_padded)
         if self.solver == "exact":
             reversed_noise = invert(field, reference.chunk, self.steps)
         else:
@@ -105,7 +119,24 @@ class FlowReversal:
             )
         start = torch.where(reference.active, 1.0 - self.depth, 0.0).to(fresh)
         kept = reference.spoken if self.depth == 1 else reference.active[:, None, None]
-        return torch.where(kept, reversed_noise, fresh), start
+        state = torch.where(kept, reversed_noise, fresh)
+        if policy.action_spec.padding:
+            # At time t the padding of a sample is (1 - t) times its noise: it was trained to become zero.
+            new = per_row(1.0 - start, fresh) * fresh
+            if self.padding == "reversed":
+                new = torch.where(reference.active[:, None, None], reversed_noise, new)
+            state[..., first_padded:] = new[..., first_padded:]
+        return state, start
+
+
+def _holding(field: Field, noise: Tensor, first: int) -> Field:
+    """Return a field whose dimensions from `first` on run straight from `noise` at t = 0 to zero at t = 1."""
+
+    def held(x: Tensor, t: Tensor) -> Tensor:
+        x = torch.cat([x[..., :first], (per_row(1.0 - t, noise) * noise)[..., first:]], dim=-1)
+        return torch.cat([field(x, t)[..., :first], -noise[..., first:]], dim=-1)
+
+    return held
 
 
 @dataclass(frozen=True)

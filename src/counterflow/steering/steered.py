@@ -37,14 +37,15 @@ class Plan:
     """What a steered policy decided for a batch of observations, and how it came to it.
 
     Attributes:
-        actions: (B, H, A) environment units, within the action limits: what to execute.
-        chunk: (B, H, A) the same, normalised.
-        noise: (B, H, A) where the flow started (of the candidate that was kept, where the edit kept one unchanged;
+        actions: (B, H - past, A) environment units, within the action limits: what to execute.
+        chunk: (B, H, A + padding) the whole chunk, normalised.
+        noise: (B, H, A + padding) where the flow started (of the candidate that was kept, where the edit kept one unchanged;
             otherwise of the first).
         start_time: (B,) the time at which it started.
         reference: the reference that was given, or None.
-        noise_percentile: (B,) of the noise's norm under the prior (chi distribution), 0 to 1; near 1 means that the
-            reference lies outside what the prior would do. NaN for rows that start later than t = 0.
+        noise_percentile: (B,) of the noise's norm under the prior (chi distribution), padding left out, 0 to 1; near 1
+            means that the reference lies outside what the prior would do. NaN for rows that start later than t = 0, and
+            for a prior that isn't Gaussian.
         round_trip_error: (B,) root mean square distance between the reference and what came of it, over the entries it
             speaks for, normalised units; NaN where nobody spoke.
         agreement: (B,) cosine between the motion that the reference asked for and the motion that is executed (summed
@@ -138,6 +139,7 @@ class SteeredPolicy:
         """
         rows = _rows_of(observation)
         if reference is not None:
+            reference = reference.within(self.action_spec)
             reference.check(self.action_spec, rows)
             device = self.device
             reference = Reference(reference.chunk.to(device), reference.active.to(device), reference.steered.to(device))
@@ -221,10 +223,11 @@ class SteeredPolicy:
         kept = (candidates == chunk[:, None]).flatten(2).all(-1).int().argmax(1)
         rows = torch.arange(len(kept), device=kept.device)
 
-        actions = self.action_spec.limit(self.action_spec.denormalise(chunk))
+        spec = self.action_spec
+        actions = spec.limit(spec.denormalise(chunk))
         plan = Plan(
-            actions=actions,
-            chunk=self.action_spec.normalise(actions),
+            actions=actions[:, spec.past :],
+            chunk=spec.normalise(actions),
             noise=noise.unflatten(0, (-1, copies))[rows, kept],
             start_time=start_time.unflatten(0, (-1, copies))[rows, kept],
             reference=context.reference,
@@ -286,9 +289,11 @@ def _as_tensors(observation: Any) -> Any:
 
 
 def _rows_of(observation: Tensor | npt.NDArray[Any] | dict[str, Any]) -> int:
-    """Return B: the leading dimension of an observation, or of the first entry of a dictionary of them."""
-    first = next(iter(observation.values())) if isinstance(observation, dict) else observation
-    shape = np.shape(first)
+    """Return B: the leading dimension of an observation, or of the first entry of a dictionary of them that has any."""
+    if isinstance(observation, dict):
+        shape = next((np.shape(entry) for entry in observation.values() if np.shape(entry)), ())
+    else:
+        shape = np.shape(observation)
     if not shape:
         raise InvalidInputError("an observation has no batch dimension; expected (B, ...). Add one with [None].")
     return int(shape[0])
@@ -296,11 +301,11 @@ def _rows_of(observation: Tensor | npt.NDArray[Any] | dict[str, Any]) -> int:
 
 def _with_diagnostics(plan: Plan, spec: ActionSpec) -> Plan:
     """Fill in how far the plan's noise and result are from what the prior and the reference would have."""
-    size = plan.noise[0].numel()
-    # A sum of `size` squared standard normals: chi-square, whose distribution function is the regularised gamma function.
-    half_square = plan.noise.double().square().flatten(1).sum(1) / 2
-    percentile = torch.special.gammainc(torch.full_like(half_square, size / 2), half_square).to(plan.noise)
-    percentile = torch.where(plan.start_time > 0, torch.nan, percentile)
+    noise = plan.noise[..., : spec.dim]
+    # A sum of n squared standard normals: chi-square, whose distribution function is the regularised gamma function.
+    half_square = noise.double().square().flatten(1).sum(1) / 2
+    percentile = torch.special.gammainc(torch.full_like(half_square, noise[0].numel() / 2), half_square).to(plan.noise)
+    percentile = torch.where((plan.start_time > 0) | (spec.prior != "gaussian"), torch.nan, percentile)
     nothing = torch.full_like(percentile, torch.nan)
     if plan.reference is None:
         return replace(plan, noise_percentile=percentile, round_trip_error=nothing, agreement=nothing)
@@ -311,8 +316,9 @@ def _with_diagnostics(plan: Plan, spec: ActionSpec) -> Plan:
     if spec.layout is not None:
         motion[:] = False
         motion[list(spec.layout.translation)] = True
-    wanted = (spec.denormalise(plan.reference.chunk) * spoken)[..., motion].sum(1)
-    executed = (plan.actions * spoken)[..., motion].sum(1)
+    executable = spoken[:, spec.past :, : spec.dim]
+    wanted = (spec.denormalise(plan.reference.chunk)[:, spec.past :] * executable)[..., motion].sum(1)
+    executed = (plan.actions * executable)[..., motion].sum(1)
     agreement = torch.cosine_similarity(wanted, executed, dim=-1)
     agreement = torch.where(plan.reference.active & (wanted.abs().sum(-1) > 0), agreement, nothing)
     return replace(plan, noise_percentile=percentile, round_trip_error=error, agreement=agreement)
