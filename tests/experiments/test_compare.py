@@ -1,0 +1,61 @@
+"""Comparisons that go on where they stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from counterflow.experiments import compare as module
+from counterflow.experiments.compare import Contender, compare
+from counterflow.experiments.evaluate import Evaluation
+from counterflow.experiments.statistics import SuccessRate
+from counterflow.steering import MethodSettings
+
+TASK = "ogbench/cube-single-task1"
+
+
+class Closed:
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The labels of what was run, which succeeds in half of its episodes."""
+    labels: list[str] = []
+
+    def run(env: Any, prior: Any, contender: Contender, learned: Any, episodes: int, seed: int, _: Any) -> Evaluation:
+        labels.append(contender.label)
+        rate = SuccessRate(episodes // 2, episodes)
+        name = module.policy_name(prior)
+        return Evaluation(TASK, contender.method, {}, name, seed, rate, 1.0, 1, 1, 0, 0.0, 0.0, 0.0)
+
+    monkeypatch.setattr(module, "_run", run)
+    monkeypatch.setattr(module, "open_env", lambda task, episodes: Closed())
+    return labels
+
+
+def test_what_is_there_is_not_run_again(runs: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    contenders = [Contender("base", "base"), Contender("FRS", "frs")]
+    compare([TASK], contenders[:1], 4, 0, path=path)
+    found = compare([TASK], contenders, 4, 0, path=path)
+    assert runs == ["base", "FRS"]
+    assert found.rates["base"][TASK] == SuccessRate(2, 4)
+    compare([TASK], [Contender("FRS", "frs", MethodSettings(reversal_steps=3))], 4, 0, path=path)
+    compare([TASK], contenders[:1], 4, 1, path=path)
+    assert runs == ["base", "FRS", "FRS", "base"]
+
+
+def test_a_result_from_before_a_setting_existed_had_its_default(runs: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    compare([TASK], [Contender("FRS", "frs")], 4, 0, path=path)
+    content = json.loads(path.read_text())
+    del content["results"][0]["asked"]["method"]["padding"]
+    path.write_text(json.dumps(content))
+    compare([TASK], [Contender("FRS", "frs")], 4, 0, path=path)
+    assert runs == ["FRS"]
+    compare([TASK], [Contender("FRS", "frs", MethodSettings(padding="held"))], 4, 0, path=path)
+    assert runs == ["FRS", "FRS"]
