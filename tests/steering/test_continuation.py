@@ -128,6 +128,10 @@ class TestContinuation:
         assert torch.equal(found.chunk[:, :3], chunk[:, 1:])
         assert found.weights.tolist() == [[1, 1, 1, 0]] * 2
 
+    def test_rows_that_lie_in_the_past_are_held_like_those_of_the_delay(self) -> None:
+        found = Continuation.of(some(1), executed=1, delay=1, schedule="zeros", past=1)
+        assert found.weights.tolist() == [[1, 1, 0, 0]]
+
     def test_a_chunk_that_is_over_holds_nothing(self) -> None:
         assert not Continuation.of(some(1), executed=HORIZON, delay=0).weights.any()
 
@@ -232,6 +236,23 @@ class TestTheGuidance:
         joined = steered(policy, start=start, steps=20).act(observations(16), reference, continuation=continuation)
         assert (joined.chunk[:, 0] - old[:, 2]).abs().mean() < 0.3 * (plain[:, 0] - old[:, 2]).abs().mean()
         assert torch.equal(joined.noise, SteeredPolicy(policy, start=start).act(observations(16), reference).noise)
+
+    def test_padding_is_nobodys_to_hold(self, flow: Correlated) -> None:
+        """The last dimension as padding: it is moved by what the held one does to it, not towards the old chunk's."""
+        padded = FieldPolicy(flow, ActionSpec(HORIZON, 1, padding=1))
+        x, t = some(2), torch.full((2,), 0.5, dtype=torch.float64)
+        old = some(2, 5)
+        other = old.clone()
+        other[..., 1] += 1
+        moved = []
+        for chunk in (old, other, old[..., :1]):
+            guided = steered(padded, "identity")
+            context = guided.encode(observations(2), None, Continuation.of(chunk, 1, 1))
+            moved.append(guided.velocity(context, x, t) - flow(x, t))
+        assert torch.equal(moved[0], moved[1])
+        assert torch.equal(moved[0], moved[2])
+        assert not moved[0][..., 1].any()
+        assert moved[0][:, 0, 0].all()
 
     def test_several_candidates_continue_the_same_chunk(self, policy: FieldPolicy) -> None:
         class Two:

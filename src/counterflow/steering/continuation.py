@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from counterflow.errors import InvalidInputError, MismatchError, UnknownNameError
 from counterflow.policies import ActionSpec
@@ -73,7 +74,7 @@ class Continuation:
     """What is being executed while a new chunk is computed.
 
     Attributes:
-        chunk: (B, H, A) normalised: row i is what would be executed at the new chunk's action i, as far as it is known.
+        chunk: (B, H, A) normalised: row i is what would be executed at the new chunk's row i, as far as it is known.
         weights: (B, H) how strongly the new chunk is held to it, 0 to 1; 0 where nothing is known.
     """
 
@@ -97,7 +98,9 @@ class Continuation:
             raise InvalidInputError("the weights of a continuation are not all within 0 to 1.")
 
     @classmethod
-    def of(cls, chunk: Tensor, executed: int, delay: int, schedule: Schedule = "exponential") -> Continuation:
+    def of(
+        cls, chunk: Tensor, executed: int, delay: int, schedule: Schedule = "exponential", *, past: int = 0
+    ) -> Continuation:
         """Continue the chunk that is being executed.
 
         Args:
@@ -105,6 +108,7 @@ class Continuation:
             executed: how many of its actions had been executed when the new observation was made, 0 to H.
             delay: how many more will have been executed before the new chunk is ready.
             schedule: as for `continuation_weights`.
+            past: rows of a chunk that lie before its first executed action (`ActionSpec.past`).
 
         Raises:
             InvalidInputError: the counts don't fit the chunk.
@@ -118,17 +122,21 @@ class Continuation:
             )
         left = horizon - executed
         shifted = torch.cat([chunk[:, executed:], torch.zeros_like(chunk[:, :executed])], 1)
-        weights = continuation_weights(horizon, delay, left, schedule, chunk.device)
+        weights = continuation_weights(horizon, past + delay, left, schedule, chunk.device)
         return cls(shifted, weights.to(chunk).expand(len(chunk), -1))
 
-    def check(self, spec: ActionSpec, rows: int) -> None:
-        """Raise `MismatchError` unless this fits `rows` observations and the action space."""
-        expected = (rows, spec.horizon, spec.dim)
-        if tuple(self.chunk.shape) != expected:
+    def fitted(self, spec: ActionSpec, rows: int) -> Continuation:
+        """Return it for `rows` observations and an action space; what is padded is nobody's to hold, and left out.
+
+        Raises:
+            MismatchError: it is for other ones.
+        """
+        if tuple(self.chunk.shape) not in {(rows, spec.horizon, size) for size in (spec.dim, spec.state_dim)}:
             raise MismatchError(
                 f"the chunk to continue has shape {tuple(self.chunk.shape)}; the policy and the observations need "
-                f"{expected} (B, H, A)."
+                f"{(rows, spec.horizon, spec.dim)} (B, H, A)."
             )
+        return Continuation(self.chunk[..., : spec.dim], self.weights)
 
     def to(self, device: torch.device) -> Continuation:
         """Return it on a device."""
@@ -177,7 +185,9 @@ class ContinueChunk:
             return v
         remaining = (1 - t)[:, None, None]
         estimate = x + remaining * v
-        error = continuation.weights[..., None] * (continuation.chunk - estimate)
+        held = continuation.chunk.shape[-1]
+        error = continuation.weights[..., None] * (continuation.chunk - estimate[..., :held])
+        error = functional.pad(error, (0, x.shape[-1] - held))
         if self.jacobian == "exact":
             if not v.requires_grad:  # without this the identity would silently take its place
                 raise InvalidInputError(

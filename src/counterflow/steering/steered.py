@@ -144,8 +144,7 @@ class SteeredPolicy:
             device = self.device
             reference = Reference(reference.chunk.to(device), reference.active.to(device), reference.steered.to(device))
         if continuation is not None:
-            continuation.check(self.action_spec, rows)
-            continuation = continuation.to(self.device)
+            continuation = continuation.fitted(self.action_spec, rows).to(self.device)
         if isinstance(self.base, SteeredPolicy):
             features: Any = self.base.encode(observation, reference, continuation)
         else:
