@@ -75,7 +75,7 @@ $(LEROBOT_READY): pyproject.toml constraints-lerobot.txt plugins/lerobot_policy_
 	@echo "== virtual environment for LeRobot: $(LEROBOT_VENV) (one to four minutes, 6 GB)"
 	@"$(PYTHON312)" -m venv $(LEROBOT_VENV)
 	@$(LEROBOT_BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints-lerobot.txt \
-		--editable . --editable plugins/lerobot_policy_counterflow 'lerobot[$(LEROBOT_EXTRAS)]' pytest hypothesis
+		--editable '.[serve]' --editable plugins/lerobot_policy_counterflow 'lerobot[$(LEROBOT_EXTRAS)]' pytest hypothesis
 	@touch $@
 
 # Where LeRobot is missing these tests fail here, and are skipped in the other leg. The path comes first, so that an

@@ -67,6 +67,14 @@ class TestWhatIsServed:
         served = parse(["serve", "cube-single", "--steer", "dsbc", "--noise-policy", str(noise_policy)]).served()
         assert served.belongs["noise_policy"] == ChunkRegressor.load(noise_policy).fingerprint
 
+    def test_a_robots_own_names(self, capsys: pytest.CaptureFixture[str]) -> None:
+        served = parse(["serve", "cube-single", "--rename", "robot/joints=observation"]).served()
+        read = served.read({"robot": {"joints": torch.zeros(28).numpy()}})
+        assert list(read.observation) == ["observation"]
+        assert "did you mean 'observation'" in failure(capsys, "cube-single", "--rename", "joints=observations")
+        for pairs in (("joints",), ("joints=observation", "joints=observation")):
+            assert "expected pairs 'theirs=ours'" in failure(capsys, "cube-single", "--rename", *pairs)
+
     def test_settings_of_the_server(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "key").write_text(f"{KEY}\n")
         arguments = f"serve scene --host 0.0.0.0 --port 81 --api-key-file {tmp_path / 'key'} --max-connections 5"

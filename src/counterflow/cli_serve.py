@@ -29,7 +29,7 @@ class Serve:
     """Serve a policy, steered or not, to robots that speak openpi's websocket protocol. Stop it with Ctrl-C or SIGTERM."""
 
     policy: tyro.conf.Positional[str]
-    """A shipped prior (cube-single, scene, puzzle-3x3), a checkpoint, or a run folder."""
+    """A shipped prior (cube-single, scene, puzzle-3x3), a checkpoint, a run folder, or lerobot: and a hub id or folder."""
     steer: SteerName | LearnedName = "frs"
     """How it follows the references that clients send; dsbc, bc: what 'counterflow distill' learned, see --noise-policy. A
     request without a reference gets what the policy does by itself."""
@@ -64,6 +64,8 @@ class Serve:
     """How a direction becomes a reference chunk."""
     magnitude: float | None = None
     """Length of the reference's motion; default: the convention's."""
+    rename: tuple[str, ...] = ()
+    """What robots call the policy's entries, as theirs=ours; entries of inner maps are called outer/inner."""
     device: str = "cpu"
     """Where the policy computes."""
     steering: Annotated[Steering, tyro.conf.arg(name="")] = field(default_factory=Steering)
@@ -82,7 +84,7 @@ class Serve:
     def served(self) -> ServedPolicy:
         """Load the policy and steer it."""
         from counterflow.experiments.evaluate import ReasonerSettings, steered_by
-        from counterflow.policies import load
+        from counterflow.policies.loading import load
         from counterflow.serving import ServedPolicy
         from counterflow.serving.remote import not_steerable
         from counterflow.steering import ChunkRegressor
@@ -97,6 +99,7 @@ class Serve:
             steered_by(prior, self.steer, self.steering.settings(), learned),
             seed=self.seed,
             convention=ReasonerSettings(convention=self.convention, magnitude=self.magnitude).writing(),
+            names=self._names(),
             name=Path(self.policy).name,
             method=self.steer,
         )
@@ -119,6 +122,15 @@ class Serve:
             grace=self.grace,
             limits=MessageLimits(size=self.max_message * 2**20),
         )
+
+    def _names(self) -> dict[str, str]:
+        names = dict(pair.split("=", 1) for pair in self.rename if "=" in pair)
+        if len(names) != len(self.rename):
+            raise InvalidInputError(
+                f"--rename is {' '.join(self.rename)}; expected pairs 'theirs=ours', for example "
+                "observation/image=observation.images.top, each name of theirs once."
+            )
+        return names
 
     def _api_key(self) -> str | None:
         if self.api_key_file is None:

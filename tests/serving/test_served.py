@@ -568,12 +568,109 @@ class TestDictionaries:
 
         with pytest.raises(InvalidInputError, match="an entry called 'noise'"):
             ServedPolicy(Noisy())
-        with pytest.raises(InvalidInputError, match="has type 'image'"):
-            ObservationEntry("image")
+        with pytest.raises(InvalidInputError, match="has type 'picture'"):
+            ObservationEntry("picture")
         with pytest.raises(InvalidInputError, match="expected positive sizes"):
             ObservationEntry("float32", (0,))
         with pytest.raises(InvalidInputError, match="none for text"):
             ObservationEntry("text", (3,))
+
+
+class Trained(FieldPolicy):
+    """Sees an image as it was trained on, and a task."""
+
+    observation_entries = {  # noqa: RUF012
+        "top": ObservationEntry("image", (3, None, None)),
+        "task": ObservationEntry("text"),
+    }
+
+    def __init__(self) -> None:
+        super().__init__(lambda x, t, c: c[:, None, None] - x, ActionSpec(HORIZON, DIM))
+        self.seen: list[dict[str, Any]] = []
+
+    def encode(self, observation: dict[str, Any]) -> torch.Tensor:
+        self.seen.append(observation)
+        return observation["top"].flatten(1).mean(1)
+
+
+class TestImages:
+    def test_bytes_as_cameras_give_them_become_what_the_policy_sees(self) -> None:
+        policy = Trained()
+        served = ServedPolicy(policy, names={"cameras/wrist": "top"})
+        image = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
+        sent = {"cameras": {"wrist": image}, "prompt": "pick"}
+        decide(served, served.complete(served.read(sent), served.session()))
+        expected = torch.from_numpy(image).permute(2, 0, 1).float() / 255
+        torch.testing.assert_close(policy.seen[0]["top"][0], expected)
+        assert policy.seen[0]["task"] == ["pick"]
+        assert served.metadata["observation"]["top"]["dtype"] == "image"
+
+    def test_what_is_right_already_stays(self) -> None:
+        policy = Trained()
+        served = ServedPolicy(policy)
+        for image in (np.full((3, 4, 5), 51, np.uint8), np.full((3, 4, 5), 0.2)):
+            decide(served, served.complete(served.read({"top": image, "task": "pick"}), served.session()))
+        for seen in policy.seen:
+            torch.testing.assert_close(seen["top"], torch.full((1, 3, 4, 5), 0.2))
+
+    @pytest.mark.parametrize(
+        ("image", "words"),
+        [
+            (np.zeros((4, 5), np.uint8), "bytes"),
+            (np.zeros((4, 5, 4), np.uint8), "bytes"),
+            (np.zeros((4, 5, 3), np.float32), "bytes"),
+            (np.zeros((3, 4, 5), np.int64), "bytes"),
+            ("a picture", "a text"),
+            (np.full((3, 4, 5), 1.5), "expected 0 to 1"),
+            (np.full((3, 4, 5), -0.1), "expected 0 to 1"),
+        ],
+    )
+    def test_bad_ones(self, image: Any, words: str) -> None:
+        with pytest.raises(CounterflowError, match=words):
+            ServedPolicy(Trained()).read({"top": image, "task": "pick"})
+
+    def test_names_that_the_policy_does_not_have(self) -> None:
+        with pytest.raises(UnknownNameError, match="did you mean 'top'"):
+            ServedPolicy(Trained(), names={"wrist": "tpo"})
+
+
+class TestPadding:
+    """A policy whose flow moves two dimensions more than are executed, and a row that is over."""
+
+    def served(self, **spec: Any) -> ServedPolicy:
+        padded = ActionSpec(HORIZON, DIM, padding=2, past=1, **spec)
+        return ServedPolicy(steer(FieldPolicy(lambda x, t, o: -x, padded), "frs"))
+
+    def test_noise_has_it_and_actions_do_not(self) -> None:
+        served = self.served()
+        noise = np.full((HORIZON, DIM + 2), 0.5, np.float32)
+        (answer,) = decide(served, request(served, noise=noise))
+        assert answer.actions.shape == (HORIZON - 1, DIM)
+        np.testing.assert_array_equal(answer.noise, noise)
+        assert served.metadata["actions"]["horizon"] == HORIZON - 1
+        with pytest.raises(MismatchError, match="with padding"):
+            served.read({"observation": np.zeros(SEEN), "noise": noise[:, :DIM]})
+
+    def test_chunks_in_either_unit_share_a_batch(self) -> None:
+        served = self.served(normaliser=Normaliser.fit(torch.tensor([[-2.0] * DIM, [2.0] * DIM]), "min_max"))
+        chunk = np.full((HORIZON, DIM), 0.4, np.float32)
+        mask = np.ones(chunk.shape, bool)
+        in_units, normalised, alone = decide(
+            served,
+            request(served, steer={"chunk": 2 * chunk, "steered": mask}),
+            request(served, steer={"chunk": chunk, "units": "normalised"}),
+            request(served),
+        )
+        np.testing.assert_allclose(in_units.actions, normalised.actions, atol=1e-5)
+        assert not np.allclose(alone.actions, normalised.actions)
+
+    def test_noise_of_a_uniform_prior(self) -> None:
+        served = ServedPolicy(FieldPolicy(lambda x, t, o: -x, ActionSpec(HORIZON, DIM, prior="uniform")))
+        noise = np.linspace(-0.99, 0.99, HORIZON * DIM, dtype=np.float32).reshape(HORIZON, DIM)
+        (answer,) = decide(served, request(served, noise=noise))
+        np.testing.assert_allclose(answer.noise, noise, atol=1e-5)
+        with pytest.raises(InvalidInputError, match="uniform"):
+            served.read({"observation": np.zeros(SEEN), "noise": 2 * noise})
 
 
 def test_the_seed_of_a_request_is_that_of_its_draws(make_served: MakeServed) -> None:

@@ -45,6 +45,7 @@ from counterflow.policies.base import ActionSpec, as_device
 from counterflow.policies.described import fingerprint
 from counterflow.policies.lerobot_flows import FLOWS, NOT_FLOWS, STATE, Prefix
 from counterflow.policies.normalisation import NormalisationKind, Normaliser
+from counterflow.policies.observation import ObservationEntry
 
 WEIGHTS = "model.safetensors"
 MODES: dict[str, tuple[NormalisationKind, tuple[str, str]]] = {
@@ -155,6 +156,20 @@ class LeRobotPolicy:
         """The cameras that it looks through and can't do without, by LeRobot's names."""
         names = (self._given_name(name) for name in self.policy.config.image_features if "empty_camera" not in name)
         return tuple(name for name in names if name not in self.blank_cameras)
+
+    @property
+    def observation_entries(self) -> dict[str, ObservationEntry]:
+        """What it sees, by LeRobot's names, without the batch dimension."""
+        images = self.policy.config.image_features
+        found = {"task": ObservationEntry("text", optional=self.task is not None)}
+        for name, feature in self.policy.config.input_features.items():
+            given = self._given_name(name)
+            if name in images:
+                missing = "empty_camera" in name or given in self.blank_cameras
+                found[given] = ObservationEntry("image", (int(feature.shape[0]), None, None), missing)
+            else:
+                found[given] = ObservationEntry("float32", (int(feature.shape[0]),))
+        return found
 
     @property
     def observation_dim(self) -> int | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from counterflow.errors import InvalidInputError
 
-DTYPES = ("float32", "uint8", "int64", "bool", "text")
+DTYPES = ("float32", "uint8", "int64", "bool", "image", "text")
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class ObservationEntry:
     these; one that sees a single vector has `observation_dim` instead. A policy with neither takes what it is given.
 
     Attributes:
-        dtype: "float32" (any floating point is brought to it), "uint8", "int64", "bool", or "text" (a string).
+        dtype: "float32" (any floating point is brought to it), "uint8", "int64", "bool", "image" (float32 (C, H, W) in [0, 1];
+            whoever brings it from outside may have bytes (H, W, C), as cameras give them), or "text" (a string).
         shape: of one observation; None for a size that may vary. Text has none.
         optional: whether it may be left out.
 

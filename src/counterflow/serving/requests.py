@@ -9,6 +9,7 @@ expect        what the policy must be, by name: see `ServedPolicy.belongs`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -96,8 +97,15 @@ class Request:
         )
 
 
-def read_observation(content: Mapping[str, Any], declared: Mapping[str, ObservationEntry] | None) -> Observation:
+def read_observation(
+    content: Mapping[str, Any], declared: Mapping[str, ObservationEntry] | None, names: Mapping[str, str] | None = None
+) -> Observation:
     """Check an observation against what the policy declares (None: it declares nothing).
+
+    Args:
+        content: as it was sent.
+        declared: the policy's entries.
+        names: the policy's names for entries that the robot calls something else.
 
     Returns:
         Arrays first, then texts, each by name: every floating-point array float32 and finite.
@@ -107,7 +115,8 @@ def read_observation(content: Mapping[str, Any], declared: Mapping[str, Observat
         MismatchError: an entry has another shape.
         UnknownNameError: the policy declares its entries, and this is none of them.
     """
-    given = {name: _entry(name, value) for name, value in _flatten(content)}
+    names = {} if names is None else names
+    given = {names.get(name, name): _entry(name, value) for name, value in _flatten(content)}
     if declared is not None:
         for name in given:
             if name not in declared:
@@ -153,13 +162,18 @@ def read_noise(noise: Any, spec: ActionSpec, candidates: int) -> Tensor | None:
     if noise is None:
         return None
     tensor = _floating(noise, "the noise")
-    shapes: list[tuple[int, ...]] = [(spec.horizon, spec.dim)]
-    shapes += [(candidates, spec.horizon, spec.dim)] if candidates > 1 else []
+    shapes: list[tuple[int, ...]] = [(spec.horizon, spec.state_dim)]
+    shapes += [(candidates, spec.horizon, spec.state_dim)] if candidates > 1 else []
     if tuple(tensor.shape) not in shapes:
         raise MismatchError(
             f"the noise has shape {tuple(tensor.shape)}; this policy's flow starts at {' or '.join(map(str, shapes))} "
-            "(horizon, action size). Was it made for another policy?"
+            "(horizon, action size with padding). Was it made for another policy?"
         )
+    if spec.prior == "uniform":
+        if not bool((tensor.abs() < 1).all()):
+            raise InvalidInputError("the noise leaves (-1, 1), on which this policy's noise is uniform.")
+        # Draws are Gaussian, and become uniform through their distribution function.
+        tensor = math.sqrt(2) * torch.erfinv(tensor.double()).float()
     return tensor if tensor.ndim == 3 else tensor[None]
 
 
@@ -240,10 +254,11 @@ def _reference(chunk: Any, units: Any, steered: Any, spec: ActionSpec) -> Refere
         if not isinstance(steered, np.ndarray) or steered.dtype != np.bool_ or steered.shape != shape:
             raise InvalidInputError(f"steered says which entries of a chunk count; expected a boolean array {shape}.")
         mask = torch.from_numpy(steered.copy())[None]
-    reference = Reference.of(tensor[None] if units == "normalised" else spec.normalise(tensor[None]), steered=mask)
     if units == "normalised":
-        return reference
-    return Reference(spec.normalise(spec.limit(tensor[None])), reference.active, reference.steered)
+        return Reference.of(tensor[None], steered=mask)
+    reference = Reference.of(spec.normalise(tensor[None])[..., : spec.dim], steered=mask)
+    limited = spec.normalise(spec.limit(tensor[None]))[..., : spec.dim]
+    return Reference(limited, reference.active, reference.steered)
 
 
 def _view(view: Any, observation: Observation) -> dict[str, npt.NDArray[np.float64]]:
@@ -305,6 +320,8 @@ def _entry(name: str, value: Any) -> npt.NDArray[Any] | str:
 
 def _fitted(name: str, value: npt.NDArray[Any] | str, entry: ObservationEntry) -> npt.NDArray[Any] | str:
     """Check one entry against what was declared."""
+    if entry.dtype == "image":
+        return _image(name, value, entry)
     dtype = "text" if isinstance(value, str) else value.dtype.name
     if dtype != entry.dtype:
         raise InvalidInputError(
@@ -314,6 +331,25 @@ def _fitted(name: str, value: npt.NDArray[Any] | str, entry: ObservationEntry) -
         raise MismatchError(
             f"the entry {name!r} has shape {value.shape}; this policy sees {entry}, without a batch dimension. Was it made for "
             "another robot?"
+        )
+    return value
+
+
+def _image(name: str, value: npt.NDArray[Any] | str, entry: ObservationEntry) -> npt.NDArray[Any]:
+    """Return an image (C, H, W), float32 in [0, 1], from one like it or from bytes (H, W, C)."""
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3:
+        channels_first = value if value.shape[0] == entry.shape[0] else value.transpose(2, 0, 1)
+        value = channels_first.astype(np.float32) / 255
+    if isinstance(value, str) or value.dtype.kind != "f" or not entry.fits(value.shape):
+        kind = "a text" if isinstance(value, str) else f"of type {value.dtype.name} and shape {value.shape}"
+        channels = entry.shape[0]
+        raise MismatchError(
+            f"the image {name!r} is {kind}; this policy sees bytes (height, width, {channels}) or float32 ({channels}, height, "
+            "width) from 0 to 1, without a batch dimension."
+        )
+    if value.min() < 0 or value.max() > 1:
+        raise InvalidInputError(
+            f"the image {name!r} goes from {value.min():.4g} to {value.max():.4g}; expected 0 to 1."
         )
     return value
 

@@ -171,6 +171,7 @@ class ServedPolicy:
         seed: what all draws descend from.
         convention: how directions become references.
         reasoners: who may be named in `steer`, and how each is made; None: the scripted ones.
+        names: the policy's names for entries that robots call something else; openpi's "prompt" is a declared "task".
         name: what to call the policy.
         method: how it is steered, in a word.
 
@@ -192,6 +193,7 @@ class ServedPolicy:
         seed: int = 0,
         convention: Convention = OGBENCH,
         reasoners: Mapping[str, MakeReasoner] | None = None,
+        names: Mapping[str, str] | None = None,
         name: str = "",
         method: str = "",
     ) -> None:
@@ -210,6 +212,13 @@ class ServedPolicy:
             "noise_policy": "+".join(one.fingerprint for one in learned),
         }
         self.declared = declared_entries(frozen(self.policy))
+        self._names = dict({} if names is None else names)
+        if self.declared is not None:
+            for own in self._names.values():
+                if own not in self.declared:
+                    raise UnknownNameError("observation entry", own, self.declared)
+            if "task" in self.declared and "prompt" not in self.declared:
+                self._names.setdefault("prompt", "task")
         clash = [] if self.declared is None else [name for name in RESERVED if name in self.declared]
         if clash:
             raise InvalidInputError(
@@ -231,8 +240,9 @@ class ServedPolicy:
             "name": self.name,
             "belongs": self.belongs,
             "actions": {
-                "horizon": spec.horizon,
+                "horizon": spec.horizon - spec.past,
                 "dim": spec.dim,
+                "executed": spec.executed,
                 "low": None if spec.low is None else list(spec.low),
                 "high": None if spec.high is None else list(spec.high),
                 "layout": None
@@ -300,7 +310,7 @@ class ServedPolicy:
         if noise is not None and not self._draws:
             raise MismatchError(_NO_PLACE)
         observation = read_observation(
-            {name: value for name, value in message.items() if name not in RESERVED}, self.declared
+            {name: value for name, value in message.items() if name not in RESERVED}, self.declared, self._names
         )
         return Asked(
             observation,
@@ -341,7 +351,8 @@ class ServedPolicy:
         plan = self.policy.act(observation, self._reference(requests), draws)
         draws.check_used()
         actions, noise = _array(plan.actions), _array(plan.noise)
-        expected = (len(requests), self.action_spec.horizon, self.action_spec.dim)
+        spec = self.action_spec
+        expected = (len(requests), spec.horizon - spec.past, spec.dim)
         if actions.shape != expected:
             raise ServingError(f"the policy gave actions of shape {actions.shape}; expected {expected}.")
         diagnostics = _diagnostics(plan)
@@ -359,7 +370,7 @@ class ServedPolicy:
 
     def _is_plain(self, observation: Observation) -> bool:
         if self.declared is not None:
-            return hasattr(frozen(self.policy), "observation_dim")
+            return not hasattr(frozen(self.policy), "observation_entries")
         return list(observation) == [PLAIN] and not isinstance(observation[PLAIN], str)
 
     def _reference(self, requests: Sequence[Request]) -> Reference | None:
@@ -369,7 +380,7 @@ class ServedPolicy:
             return None
         chunk = torch.zeros(1, self.action_spec.horizon, self.action_spec.dim)
         silent = Reference(chunk, torch.zeros(1, dtype=torch.bool), torch.ones_like(chunk, dtype=torch.bool))
-        rows = [silent if one is None else one for one in given]
+        rows = [(silent if one is None else one).within(self.action_spec) for one in given]
         return Reference(
             torch.cat([one.chunk for one in rows]),
             torch.cat([one.active for one in rows]),
@@ -391,6 +402,7 @@ def action_space_fingerprint(spec: ActionSpec) -> str:
     description = {
         "horizon": spec.horizon,
         "dim": spec.dim,
+        **({} if spec.is_plain else {"padding": spec.padding, "past": spec.past}),
         "low": spec.low,
         "high": spec.high,
         "layout": None if spec.layout is None else asdict(spec.layout),
