@@ -24,7 +24,8 @@ from rich.console import Console
 
 from counterflow.cli_dataset import DatasetCommand
 from counterflow.data import Binding, SteeringDataset, SteeringEpisode, merge_steering, steering
-from counterflow.data.steering import REQUIRED, copy_filtered, repair
+from counterflow.data.steering import copy_filtered, repair
+from counterflow.data.steering_episode import REQUIRED
 from counterflow.errors import DatasetError, InvalidInputError, MismatchError, StorageError, UnknownNameError
 
 BINDING = Binding("abc123", "ogbench/cube-single", 4, 2, 10, "euler")

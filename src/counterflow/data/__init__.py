@@ -12,8 +12,9 @@ from counterflow.binding import Binding
 from counterflow.data.collect import Collected, collect
 from counterflow.data.episodes import EpisodeDataset
 from counterflow.data.recipe import Recipe
-from counterflow.data.steering import SteeringDataset, SteeringEpisode
+from counterflow.data.steering import SteeringDataset
 from counterflow.data.steering import merge as merge_steering
+from counterflow.data.steering_episode import SteeringEpisode
 
 if TYPE_CHECKING:
     from counterflow.data.sampling import ChunkBatch, ChunkSampler

@@ -11,26 +11,7 @@
 
 and after a kill the same lines make only what is missing. `SteeringDataset.load` reads, also while another process records.
 
-The arrays of an episode, with C decisions (chunks), T executed actions, horizon H, action dimension A, and L = A + padding,
-the size of a row of what the flow moves (L = A in most policies):
-
-==================  =========  ==================================================================================
-observations        (C, O)     float32: what the policy saw when it decided
-references          (C, H, L)  float32: the coarse reference chunk, normalised; anything finite where nobody spoke
-active              (C,)       bool: somebody spoke
-steered             (C, H, L)  bool: entries of the reference that count
-noise               (C, H, L)  float32: the noise that the policy turned into the chunk
-start_time          (C,)       float32: where on the flow the noise lies; 0 is its beginning
-chunks              (C, H, L)  float32: the chunk, normalised
-executed            (C,)       int64: how many of its actions were executed, 1 to H; T is their sum
-intervened          (C,)       bool: an expert was in control, not the policy
-features            (C, F)     float32, optional: the policy's own features of the observation
-step_observations   (T, O)     float32, optional: what was seen before each executed action
-step_actions        (T, A)     float32, optional: the executed actions, in the environment's units
-rewards             (T,)       float32, optional: what each executed action earned
-==================  =========  ==================================================================================
-
-Any other array of numbers with C or T rows may lie beside them.
+What an episode holds is said in `steering_episode`.
 """
 
 from __future__ import annotations
@@ -38,24 +19,29 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import zipfile
-import zlib
 from bisect import insort
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
-from urllib.parse import quote
 
 import numpy as np
-import numpy.typing as npt
 
 import counterflow
 from counterflow.binding import Binding
-from counterflow.data.npz import names_of, read_npz, save_npz
+from counterflow.data.steering_episode import (
+    ABOUT,
+    Array,
+    SteeringEpisode,
+    check_episode,
+    column_of,
+    describe,
+    file_name,
+    read_episode,
+    write_episode,
+)
 from counterflow.errors import (
     CounterflowError,
     DatasetError,
@@ -67,75 +53,14 @@ from counterflow.errors import (
 from counterflow.files import reason_of, replacing, take_lock, write_json
 from counterflow.random import check_seed
 
-Array = npt.NDArray[Any]
-
 FORMAT = "counterflow/steering-dataset"
 FORMAT_VERSION = 1
 SOLVERS = ("euler", "midpoint", "rk4")
-
-# name -> (type, axes): C decisions, T executed actions, H horizon, A action dimension, L the flow's, O observation, F features
-REQUIRED = {
-    "observations": (np.float32, "CO"),
-    "references": (np.float32, "CHL"),
-    "active": (np.bool_, "C"),
-    "steered": (np.bool_, "CHL"),
-    "noise": (np.float32, "CHL"),
-    "start_time": (np.float32, "C"),
-    "chunks": (np.float32, "CHL"),
-    "executed": (np.int64, "C"),
-    "intervened": (np.bool_, "C"),
-}
-OPTIONAL = {
-    "features": (np.float32, "CF"),
-    "step_observations": (np.float32, "TO"),
-    "step_actions": (np.float32, "TA"),
-    "rewards": (np.float32, "T"),
-}
 
 _MANIFEST = "manifest.json"
 _EPISODES = "episodes"
 _DAMAGED = "damaged"
 _LOCK = ".lock"
-_ABOUT = "episode"  # the member of an episode's file that holds its json, and the name of the ids of `concatenated`
-
-
-@dataclass(frozen=True, eq=False)
-class SteeringEpisode:
-    """One recorded episode.
-
-    Args:
-        env: full name of the task, for example "ogbench/cube-single-task1".
-        seed: what the episode descends from.
-        index: its number in the recording's order of seeds.
-        success: whether the task was solved.
-        source: id of the recording, as `SteeringDataset.add_source` returned it.
-        arrays: see the top of this file.
-    """
-
-    env: str
-    seed: int
-    index: int
-    success: bool
-    source: str
-    arrays: dict[str, Array]
-
-    @property
-    def key(self) -> tuple[str, str, int]:
-        """What an episode is known by: (source, env, index)."""
-        return self.source, self.env, self.index
-
-    @property
-    def decisions(self) -> int:
-        """C, the number of chunks."""
-        return len(self.arrays["observations"])
-
-    @property
-    def steps(self) -> int:
-        """T, the number of executed actions."""
-        return int(self.arrays["executed"].sum())
-
-    def __str__(self) -> str:
-        return f"episode {self.index} of {self.env} (source {self.source})"
 
 
 class SteeringDataset:
@@ -163,9 +88,7 @@ class SteeringDataset:
         self.sources = dict(sources)
         self._episodes = sorted(episodes, key=_order)
         self._keys = {episode.key for episode in self._episodes}
-        self._columns = {
-            name: _column_of(array) for episode in self._episodes for name, array in episode.arrays.items()
-        }
+        self._columns = {name: column_of(array) for episode in self._episodes for name, array in episode.arrays.items()}
         self._lock: IO[str] | None = None
 
     @classmethod
@@ -283,7 +206,7 @@ class SteeringDataset:
                 f"{episode} is in {self.path} already. Ask has() before recording, or name the recording by a source of "
                 "its own."
             )
-        _check(episode, self.binding)
+        check_episode(episode, self.binding)
         self._check_columns(episode)
         copied = dataclasses.replace(
             episode,
@@ -292,11 +215,8 @@ class SteeringDataset:
             success=bool(episode.success),
             arrays={name: np.array(array, order="C") for name, array in episode.arrays.items()},
         )
-        with self._storing(), replacing(self.path / _EPISODES / _file_name(copied)) as temporary:
-            about = {name: getattr(copied, name) for name in ("env", "seed", "index", "success", "source")}
-            content = {_ABOUT: np.frombuffer(json.dumps(about).encode(), np.uint8)}
-            content |= dict(sorted(copied.arrays.items()))  # the same bytes, whatever the order they were given in
-            save_npz(temporary, content)
+        with self._storing(), replacing(self.path / _EPISODES / file_name(copied)) as temporary:
+            write_episode(temporary, copied)
         self._insert(copied)
 
     def has(self, source: str, env: str, index: int) -> bool:
@@ -426,7 +346,7 @@ class SteeringDataset:
                 )
         lengths = [len(episode.arrays[names[0]]) for episode in self._episodes]
         joined = {name: np.concatenate([episode.arrays[name] for episode in self._episodes]) for name in names}
-        return joined | {_ABOUT: np.repeat(np.arange(len(self), dtype=np.int64), lengths)}
+        return joined | {ABOUT: np.repeat(np.arange(len(self), dtype=np.int64), lengths)}
 
     def summary(self) -> dict[str, Any]:
         """Describe the dataset in plain values, which json knows.
@@ -479,16 +399,16 @@ class SteeringDataset:
             MismatchError: one can't.
         """
         for name, array in episode.arrays.items():
-            expected = self._columns.get(name, _column_of(array))
-            if _column_of(array) != expected:
+            expected = self._columns.get(name, column_of(array))
+            if column_of(array) != expected:
                 raise MismatchError(
-                    f"{name} of {episode} has rows of {_describe(*_column_of(array))}, and the episodes before have rows of "
-                    f"{_describe(*expected)}. Episodes of one dataset are alike; record these into another folder."
+                    f"{name} of {episode} has rows of {describe(*column_of(array))}, and the episodes before have rows of "
+                    f"{describe(*expected)}. Episodes of one dataset are alike; record these into another folder."
                 )
 
     def _insert(self, episode: SteeringEpisode) -> None:
         self._check_columns(episode)
-        self._columns |= {name: _column_of(array) for name, array in episode.arrays.items()}
+        self._columns |= {name: column_of(array) for name, array in episode.arrays.items()}
         self._keys.add(episode.key)
         insort(self._episodes, episode, key=_order)
 
@@ -499,12 +419,12 @@ class SteeringDataset:
             DatasetError: something is wrong with it; the message says what to do.
         """
         try:
-            episode = _read_episode(file)
-            _check(episode, self.binding)
+            episode = read_episode(file)
+            check_episode(episode, self.binding)
             if episode.source not in self.sources:
                 raise DatasetError(f"the manifest doesn't know its source {episode.source!r}")
-            if file.name != _file_name(episode):
-                raise DatasetError(f"it holds {episode}, which belongs into {_file_name(episode)}")
+            if file.name != file_name(episode):
+                raise DatasetError(f"it holds {episode}, which belongs into {file_name(episode)}")
             self._insert(episode)
         except CounterflowError as error:
             raise DatasetError(
@@ -648,106 +568,8 @@ def _check_same(first: SteeringEpisode, second: SteeringEpisode, place: Path) ->
     if not same or any(not np.array_equal(first.arrays[name], second.arrays[name]) for name in first.arrays):
         raise MismatchError(
             f"{second} in {place} differs from the one of the same source and number that was read before. Leave one of "
-            f"them out: move {place / _EPISODES / _file_name(second)} away, or its counterpart."
+            f"them out: move {place / _EPISODES / file_name(second)} away, or its counterpart."
         )
-
-
-def _check(episode: SteeringEpisode, binding: Binding) -> None:
-    """Check everything about an episode that later code relies on.
-
-    Raises:
-        InvalidInputError: something is wrong; the message says what and where.
-    """
-    check_seed(episode.seed)
-    if not isinstance(episode.env, str) or not episode.env:
-        raise InvalidInputError(f"the environment is {episode.env!r}; expected the name of a task.")
-    if not isinstance(episode.source, str):
-        raise InvalidInputError(f"the source is {episode.source!r}; expected an id that add_source() returned.")
-    if isinstance(episode.index, bool) or not isinstance(episode.index, int | np.integer) or episode.index < 0:
-        raise InvalidInputError(f"the index is {episode.index!r}; expected an integer of at least 0.")
-    if not isinstance(episode.success, bool | np.bool_):
-        raise InvalidInputError(f"the success of {episode} is {episode.success!r}; expected True or False.")
-    arrays = episode.arrays
-    missing = [name for name in REQUIRED if name not in arrays]
-    if missing:
-        raise InvalidInputError(f"{episode} has no {', '.join(missing)}; expected {', '.join(REQUIRED)}.")
-    for name, array in arrays.items():
-        if not isinstance(array, np.ndarray):
-            raise InvalidInputError(f"{name} of {episode} is a {type(array).__name__}; expected a numpy array.")
-        if not name.isidentifier() or name == _ABOUT:
-            raise InvalidInputError(f"{episode} has an array called {name!r}; expected a name like 'qpos'.")
-    sizes = {"C": len(arrays["observations"]) if arrays["observations"].ndim else 0}
-    if sizes["C"] == 0:
-        raise InvalidInputError(f"{episode} has no decisions; expected one or more. Don't record empty episodes.")
-    sizes |= {"H": binding.horizon, "A": binding.dim, "L": binding.state_dim}
-    _check_array(episode, "observations", *REQUIRED["observations"], sizes)
-    sizes["O"] = arrays["observations"].shape[1]
-    for name, (dtype, axes) in REQUIRED.items():
-        _check_array(episode, name, dtype, axes, sizes)
-    _check_range(episode, "executed", 1, binding.horizon)
-    _check_range(episode, "start_time", 0, 1)
-    sizes["T"] = episode.steps
-    for name, array in arrays.items():
-        if name in OPTIONAL:
-            _check_array(episode, name, *OPTIONAL[name], sizes)
-        elif name not in REQUIRED and (array.ndim == 0 or len(array) not in (sizes["C"], sizes["T"])):
-            raise InvalidInputError(
-                f"{name} of {episode} has the shape {array.shape}; expected {sizes['C']} rows, one a decision, or "
-                f"{sizes['T']}, one an executed action."
-            )
-        elif array.dtype.kind not in "fiub":
-            raise InvalidInputError(f"{name} of {episode} is of type {array.dtype}; expected numbers.")
-
-
-def _check_array(
-    episode: SteeringEpisode, name: str, dtype: npt.DTypeLike, axes: str, sizes: Mapping[str, int]
-) -> None:
-    array = episode.arrays[name]
-    fits = array.ndim == len(axes) and all(
-        sizes.get(axis, length) == length and length > 0 for axis, length in zip(axes, array.shape, strict=True)
-    )
-    if array.dtype != dtype or not fits:
-        shape = ", ".join(str(sizes.get(axis, axis)) for axis in axes)
-        raise InvalidInputError(
-            f"{name} of {episode} is {_describe(array.dtype, array.shape)}; expected {np.dtype(dtype)} ({shape}), where the "
-            f"axes are ({', '.join(axes)})."
-        )
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        row = int(np.argmin(np.isfinite(array).reshape(len(array), -1).all(axis=1)))
-        raise InvalidInputError(
-            f"{name} of {episode} is NaN or infinite, first in row {row}; expected finite numbers. Look at what made them."
-        )
-
-
-def _check_range(episode: SteeringEpisode, name: str, low: float, high: float) -> None:
-    array = episode.arrays[name]
-    if array.min() < low or array.max() > high:
-        raise InvalidInputError(
-            f"{name} of {episode} goes from {array.min()} to {array.max()}; expected {low} to {high}."
-        )
-
-
-def _read_episode(file: Path) -> SteeringEpisode:
-    """Read an episode's file, all of it.
-
-    Raises:
-        DatasetError: it is damaged, or something else.
-    """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()  # before numpy trusts what a member says of itself
-        if damaged is not None:
-            raise DatasetError(f"the checksum of {damaged} is wrong")
-        arrays = read_npz(file, names_of(file))
-        if _ABOUT not in arrays:
-            raise DatasetError(f"it has no member {_ABOUT!r} that says which episode it is")
-        about = json.loads(arrays.pop(_ABOUT).tobytes())
-        return SteeringEpisode(**about, arrays=arrays)
-    except DatasetError:
-        raise
-    except (OSError, ValueError, EOFError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        size = f"{file.stat().st_size:,} bytes" if file.is_file() else "not a file"
-        raise DatasetError(f"{error} ({size})") from error
 
 
 def _read_manifest(path: Path) -> tuple[Binding, dict[str, dict[str, Any]]]:
@@ -866,22 +688,8 @@ def _source_id(provenance: Any) -> str:
     return hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _file_name(episode: SteeringEpisode) -> str:
-    """Return a name that no other episode has: "+" stands for "/", and a "+" itself is escaped."""
-    return f"{episode.source}-{quote(episode.env, safe='/').replace('/', '+')}-{episode.index:06d}.npz"
-
-
 def _order(episode: SteeringEpisode) -> tuple[str, str, int]:
     return episode.env, episode.source, episode.index
-
-
-def _column_of(array: Array) -> tuple[np.dtype[Any], tuple[int, ...]]:
-    """Return what arrays must share to be joined: the type and the shape of a row."""
-    return array.dtype, array.shape[1:]
-
-
-def _describe(dtype: np.dtype[Any], shape: tuple[int, ...]) -> str:
-    return f"{dtype} ({', '.join(map(str, shape))})"
 
 
 def _counts(episodes: Sequence[SteeringEpisode]) -> dict[str, int]:
