@@ -312,8 +312,10 @@ def report() -> None:
 
 
 def results_of(stage: str) -> Comparison:
-    """Return all tasks' results of a stage."""
-    return comparison_of([one for path in sorted((RESULTS / stage).glob("*.json")) for one in read_results(path)])
+    """Return all tasks' results of a stage; a task that is still being run is left out."""
+    tasks = [read_results(path) for path in sorted((RESULTS / stage).glob("*.json"))]
+    most = max(len(results) for results in tasks)
+    return comparison_of([one for results in tasks if len(results) == most for one in results])
 
 
 def pooled(comparison: Comparison, method: str, task: str) -> SuccessRate:
