@@ -66,6 +66,8 @@ class Arguments:
     """Of torch on the processor; several that wait for each other beside other work measure the waiting."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of pi0.5's weights; default: bfloat16 on a GPU, float32 on a processor. SmolVLA computes in float32."""
+    compiled: bool | None = None
+    """Whether denoising steps are compiled; default: on a GPU."""
     only_report: bool = False
     """Write the tables from the results that are there."""
 
@@ -294,8 +296,11 @@ def measure(kind: Kind, arguments: Arguments, console: Console) -> dict[str, Any
     device = arguments.device
     size: Size = arguments.size or ("real" if device.startswith("cuda") else "reduced")
     dtype = arguments.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    compiled = device.startswith("cuda") if arguments.compiled is None else arguments.compiled
     torch.manual_seed(0)
     policy = make_smolvla(size, device) if kind == "smolvla" else make_pi05(size, device, dtype)
+    if compiled:
+        policy.compile()
     parameters = sum(parameter.numel() for parameter in policy.policy.parameters())
     memory = sum(parameter.numel() * parameter.element_size() for parameter in policy.policy.parameters())
     console.print(f"{kind}, {size}: {parameters / 1e6:.0f} M parameters")
@@ -327,6 +332,7 @@ def measure(kind: Kind, arguments: Arguments, console: Console) -> dict[str, Any
     return {
         "size": size,
         "dtype": dtype if kind == "pi05" else "float32",
+        "compiled": compiled,
         "parameters": parameters,
         "weights_bytes": memory,
         "image": image,
@@ -399,6 +405,7 @@ def report() -> str:
         for kind, found in result["kinds"].items():
             name = {"smolvla": "SmolVLA", "pi05": "pi0.5"}[kind]
             weights = f"{found['parameters'] / 1e6:,.0f} M parameters, {found['dtype']}, weights {_size(found['weights_bytes'])}"
+            weights += ", compiled" if found.get("compiled") else ""
             parts.append(f"| *{name}, {found['size']} ({weights})* | | | | | | |")
             for way, row in found["ways"].items():
                 title = titles[way].format(candidates=settings["candidates"])

@@ -262,3 +262,28 @@ class TestFeatures:
         plan = steered.act(made.observation(), rng=0)
         torch.testing.assert_close(plan.noise[..., : spec.dim], learned(plan.features))
         assert abs(float(plan.noise[..., spec.dim :].std()) - 1) < 0.15
+
+
+@pytest.mark.parametrize("kind", ["smolvla", "pi05", "multi_task_dit"])
+def test_a_compiled_step_is_the_same_step(shared: Any, kind: str) -> None:
+    made = shared(kind)
+    plain, compiled = made.wrapped(), made.wrapped()
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    assert compiled.compile(backend=backend) is compiled
+    observation, spec = made.observation(), plain.action_spec
+    context, again = plain.encode(observation), compiled.encode(observation)
+    x = torch.randn(2, spec.horizon, spec.state_dim, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for time in (0.0, 0.5, 0.9):
+            t = torch.full((2,), time)
+            torch.testing.assert_close(compiled.velocity(again, x, t), plain.velocity(context, x, t), atol=1e-5, rtol=0)
+    assert graphs
+    point = x.clone().requires_grad_()
+    compiled.velocity(again, point, t).sum().backward()
+    assert point.grad is not None
+    assert point.grad.abs().sum() > 0

@@ -107,6 +107,7 @@ class LeRobotPolicy:
         self.task, self.blank_cameras = task, tuple(blank_cameras)
         kind = FLOWS[self.kind]
         self._flow = kind(policy)
+        self._step = self._flow.velocity
         self.steps = int(getattr(config, kind.steps))
         """K, the denoising steps that the policy itself takes."""
         self.solver = str(getattr(config, "integration_method", "euler"))
@@ -216,7 +217,16 @@ class LeRobotPolicy:
                 f"the state has shape {tuple(x.shape)}; this {self.kind} policy moves (B, {spec.horizon}, {spec.state_dim}): "
                 f"{spec.dim} dimensions of actions and {spec.padding} of padding."
             )
-        return self._flow.velocity(context, x, t)
+        return self._step(context, x, t)
+
+    def compile(self, **options: Any) -> LeRobotPolicy:
+        """Compile a denoising step (`torch.compile`, to which the options go); return self.
+
+        The prefix stays as it is. The first step of every batch size is slow, half a minute or more; it pays on a robot and in
+        an evaluation, not for a handful of chunks.
+        """
+        self._step = torch.compile(self._flow.velocity, **options)
+        return self
 
     def features(self, context: Prefix) -> Tensor:
         """Return what small networks may learn from (B, F): the pooled prefix, with the normalised state."""
