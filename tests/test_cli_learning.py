@@ -120,7 +120,7 @@ class TestFromDemonstrationsToPolicy:
         found = success(capsys, "invert", data, "--env", TASK, "--out", inverted, "--steps", "4")
         chunks = EpisodeDataset.load(data).num_steps - 4
         assert f"{chunks:,} chunks, " in found
-        assert "beyond the tolerance of 0.01 and flagged" in found
+        assert "beyond the tolerance of 0.5 and flagged" in found
         printed = success(capsys, "distill", inverted, "--out", policy, "--regressor.target", "action", *SMALL)
         with np.load(inverted) as arrays:
             assert f"{arrays['noise_valid'].sum()} examples of 1 episodes" in printed

@@ -21,7 +21,7 @@ from counterflow.envs import Batch, VectorEnv
 from counterflow.errors import DatasetError, InvalidInputError, MismatchError, TrainingError
 from counterflow.experiments.distill import examples_of
 from counterflow.experiments.evaluate import check_episodes, load_prior, open_env
-from counterflow.experiments.inversion import InversionSettings
+from counterflow.experiments.inversion import InversionSettings, invert_chunks
 from counterflow.experiments.record import arrays_of, step_noises
 from counterflow.experiments.rollout import Decision, Episode, decision_of
 from counterflow.files import write_json
@@ -333,15 +333,24 @@ def _expert_chunks(
 
 
 def _corrected(prior: BasePolicy, arrays: dict[str, npt.NDArray[Any]], steps: int) -> dict[str, npt.NDArray[Any]]:
-    """Return an episode's arrays with the noises of all steps, and those of the expert's decisions in their place."""
+    """Return an episode's arrays with the noises of all steps, and the exact ones of the expert's decisions in their place."""
     arrays = arrays | step_noises(prior, arrays, InversionSettings.of("regularised", steps))
     arrays["step_intervened"] = np.repeat(arrays["intervened"], arrays["executed"])
-    first_steps = np.cumsum(arrays["executed"]) - arrays["executed"]
-    noise = arrays["noise"].copy()
-    noise[arrays["intervened"]] = arrays["step_noise"][first_steps[arrays["intervened"]]]
-    # What no noise gives, as a chunk that the episode's end cut off, must not be learned from: no noise lies at t = 1.
-    lost = arrays["intervened"] & ~arrays["step_noise_valid"][first_steps]
-    return arrays | {"noise": noise, "start_time": np.where(lost, 1.0, arrays["start_time"]).astype(np.float32)}
+    experts = np.flatnonzero(arrays["intervened"])
+    if len(experts) == 0:
+        return arrays
+    first_steps = (np.cumsum(arrays["executed"]) - arrays["executed"])[experts]
+    observations = torch.from_numpy(arrays["observations"][experts])
+    chunks = torch.from_numpy(arrays["step_chunks"][first_steps])  # what was executed from there on
+    exact = InversionSettings(steps)
+    found, missed = (one.cpu().numpy() for one in invert_chunks(prior, observations, chunks, exact))
+    # What no noise gives, or what the episode's end cut off, must not be learned from: no noise lies at t = 1.
+    known = np.isfinite(found).all((1, 2)) & (missed <= exact.tolerance)
+    usable = known & (first_steps + prior.action_spec.horizon <= len(arrays["step_chunks"]))
+    noise, start_time = arrays["noise"].copy(), arrays["start_time"].copy()
+    noise[experts] = np.where(known[:, None, None], found, 0.0)
+    start_time[experts[~usable]] = 1.0
+    return arrays | {"noise": noise, "start_time": start_time}
 
 
 def _disagreement(

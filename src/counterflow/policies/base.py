@@ -200,7 +200,8 @@ class FieldPolicy:
         encode: what to compute once an observation, for example normalisation or a vision backbone; None: nothing.
         device: where it computes; None: where its parameters lie, else the CPU.
         name: stands for field and encoder in the fingerprint, in the place of their code and numbers; for what can't be
-            looked into (a server, a compiled library), or code that should count as the same when it is rewritten.
+            looked into (a server, a compiled library), for an object that changes while it is used (counts, caches), or code
+            that should count as the same when it is rewritten.
     """
 
     def __init__(
