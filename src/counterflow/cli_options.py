@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -35,12 +35,4 @@ class Steering:
         """Return the methods' settings."""
         from counterflow.steering import MethodSettings
 
-        return MethodSettings(
-            self.steps,
-            self.reversal_steps,
-            self.perturbation,
-            self.tau,
-            self.candidates,
-            self.distance,
-            self.padding,
-        )
+        return MethodSettings(**asdict(self))

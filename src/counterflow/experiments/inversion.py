@@ -289,19 +289,34 @@ def read_binding(path: Path | str) -> Binding:
     Raises:
         DatasetError: the description beside it is missing or damaged.
     """
-    beside = Path(path).with_suffix(".json")
+    return described_binding(path, Path(path).with_suffix(".json"), FORMAT, FORMAT_VERSION, "counterflow invert")
+
+
+def described_binding(data: Path | str, file: Path, kind: str, version: int, maker: str) -> Binding:
+    """Return what a description of noises says that they belong to.
+
+    Args:
+        data: the dataset.
+        file: its description.
+        kind: the format that is expected.
+        version: its newest version that is known.
+        maker: the command that makes such a dataset.
+
+    Raises:
+        DatasetError: the description is missing, damaged, another one, or newer.
+    """
     try:
-        content = json.loads(beside.read_text())
-        if content["format"] != FORMAT or content["format_version"] > FORMAT_VERSION:
+        content = json.loads(file.read_text())
+        if content["format"] != kind or content["format_version"] > version:
             raise DatasetError(
-                f"{beside} is {content['format']!r}, version {content['format_version']}; expected {FORMAT!r} up to version "
-                f"{FORMAT_VERSION}. Upgrade counterflow, or invert the dataset again."
+                f"{file} is {content['format']!r}, version {content['format_version']}; expected {kind!r} up to version "
+                f"{version}. Upgrade counterflow, or make the dataset again with '{maker}'."
             )
         return Binding.from_json(content["binding"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, DatasetError):
             raise
         raise DatasetError(
-            f"{path} has no description of its noises beside it ({beside.name}: {type(error).__name__} {error}), so nobody knows "
-            "which policy they belong to. Make it with 'counterflow invert'."
+            f"{data} has no description of its noises ({file.name}: {type(error).__name__} {error}), so nobody knows which "
+            f"policy they belong to. Make it with '{maker}'."
         ) from error

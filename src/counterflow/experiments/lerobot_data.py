@@ -5,7 +5,8 @@ What is added to a frame, one row a frame, where D = H * A and padding is left o
     counterflow.noise        (D,)  the noise from which the frozen policy makes the chunk that is decided on at this frame
     counterflow.chunk        (D,)  that chunk, normalised
     counterflow.features     (F,)  what the policy makes of the frame's observation
-    counterflow.noise_valid  (1,)  whether the noise may be learned from: a whole chunk is there, and the noise gives it
+    counterflow.noise_valid  (1,)  whether the noise may be learned from: a whole chunk is there, the noise gives it (or comes
+                                   near it, as it was recorded), and the episode did not fail where that is known
 
 and `meta/counterflow.json` says which policy, action space and denoising the noises belong to. `counterflow distill` reads such a
 dataset like any other, without the policy and without decoding a video.
@@ -13,7 +14,6 @@ dataset like any other, without the policy and without decoding a video.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +37,7 @@ from counterflow.errors import (
     MismatchError,
     MissingDependencyError,
 )
-from counterflow.experiments.inversion import InversionSettings, invert_field
+from counterflow.experiments.inversion import InversionSettings, described_binding, invert_field
 from counterflow.files import write_json
 from counterflow.learning.dsbc import DSBCConfig, NoiseExamples
 from counterflow.policies import ActionSpec, bind, load
@@ -167,8 +167,8 @@ def convert_steering(
 ) -> Written:
     """Write a steering dataset as a LeRobotDataset: a frame a step, with what was seen, done and earned, and the noises.
 
-    A step's noise is the one that exact inversion found for the actions executed from there (recorded with every step); where
-    that is missing, decisions have the noise that was used and other steps none.
+    A step's noise is the one that was recorded for the actions executed from there; where that is missing, decisions have the
+    noise that was used and other steps none. In failed episodes none may be learned from.
 
     Args:
         path: folder of a steering dataset that was recorded with its steps.
@@ -234,7 +234,7 @@ def lerobot_examples(path: Path | str, config: DSBCConfig, first: int | None = N
     Args:
         path: its folder.
         config: says which inputs and targets are wanted.
-        first: use the first so many episodes.
+        first: use the first so many episodes of those that can be learned from.
 
     Raises:
         MissingDependencyError: LeRobot is not installed.
@@ -253,16 +253,19 @@ def lerobot_examples(path: Path | str, config: DSBCConfig, first: int | None = N
         )
     columns = _columns(source, (inputs, target, VALID, "episode_index"))
     episodes = columns["episode_index"].reshape(-1).astype(np.int64)
-    count = len(np.unique(episodes))
-    if first is not None and not 1 <= first <= count:
-        raise InvalidInputError(f"the first {first} episodes were asked for; {path} has {count}.")
     usable = columns[VALID].reshape(-1).astype(bool)
-    if first is not None:
-        usable &= np.isin(episodes, np.unique(episodes)[:first])
     if not usable.any():
         raise DatasetError(
-            f"no noise of {path} can be learned from: none gives its chunk. Raise the tolerance, or the steps."
+            f"no noise of {path} can be learned from: none gives its chunk, or all episodes failed. Raise the tolerance, or "
+            "the steps, or record successes."
         )
+    learnable = np.unique(episodes[usable])
+    if first is not None:
+        if not 1 <= first <= len(learnable):
+            raise InvalidInputError(
+                f"the first {first} episodes were asked for; {path} has {len(learnable)} that can be learned from."
+            )
+        usable &= np.isin(episodes, learnable[:first])
     targets = columns[target][usable].astype(np.float32)
     return NoiseExamples(
         columns[inputs][usable].astype(np.float32),
@@ -278,22 +281,7 @@ def read_about(path: Path | str) -> Binding:
     Raises:
         DatasetError: nothing says so, or it can't be read.
     """
-    about = Path(path) / ABOUT
-    try:
-        content = json.loads(about.read_text())
-        if content["format"] != FORMAT or content["format_version"] > FORMAT_VERSION:
-            raise DatasetError(
-                f"{about} is {content['format']!r}, version {content['format_version']}; expected {FORMAT!r} up to version "
-                f"{FORMAT_VERSION}. Upgrade counterflow, or augment the dataset again."
-            )
-        return Binding.from_json(content["binding"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, DatasetError):
-            raise
-        raise DatasetError(
-            f"{about} does not say which policy the noises belong to ({type(error).__name__} {error}). Make them with "
-            "'counterflow lerobot augment'."
-        ) from error
+    return described_binding(path, Path(path) / ABOUT, FORMAT, FORMAT_VERSION, "counterflow lerobot augment")
 
 
 def open_dataset(data: Path | str, revision: str | None = None) -> Any:
@@ -397,6 +385,7 @@ def _frames(arrays: Mapping[str, Array], success: bool, binding: Binding) -> dic
         noise[decided] = arrays["noise"][..., : binding.dim].reshape(len(decided), size)
         chunk[decided] = arrays["chunks"][..., : binding.dim].reshape(len(decided), size)
         valid[decided, 0] = arrays["start_time"] == 0
+    valid &= success
     last = np.zeros((steps, 1), bool)
     last[-1] = True
     rows: dict[str, Array] = {

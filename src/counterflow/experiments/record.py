@@ -206,7 +206,9 @@ def step_noises(
         windows = np.lib.stride_tricks.sliding_window_view(noises["normalised_actions"], spec.horizon, axis=0)
         found["step_chunks"][spec.past : spec.past + len(windows)] = windows.transpose(0, 2, 1)
         found |= {"step_noise": noises["noise"], "step_noise_valid": noises["noise_valid"]}
-    if hasattr(policy, "features"):
+        if "features" in noises:
+            found["step_features"] = noises["features"]
+    elif hasattr(policy, "features"):
         with torch.no_grad():
             features: Tensor = policy.features(policy.encode(torch.from_numpy(observations)))
         found["step_features"] = features.float().cpu().numpy()
