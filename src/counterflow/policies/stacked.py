@@ -1,0 +1,132 @@
+"""Many MLPs as one: seeds and ensemble members are a batch dimension of every product, not a Python loop.
+
+The variants are those of the official offline-RL code (methods' networks must agree with it to rounding):
+
+    norm "none"    [Dense, gelu] x depth, Dense                    RQL's actor, FQL's actors
+    norm "after"   [Dense, gelu, LayerNorm] x depth, Dense         RQL's and FQL's value networks
+    norm "before"  [Dense, LayerNorm, gelu] x depth, Dense         QGF's value networks; its policy's last hidden layer has no norm
+
+gelu is the tanh approximation, layer norms have an epsilon of 1e-6 and their own scale and offset, as in flax.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from counterflow.errors import InvalidInputError, UnknownNameError
+
+Norm = Literal["none", "after", "before"]
+EPSILON = 1e-6
+
+
+class StackedMLP(nn.Module):
+    """N independent MLPs, evaluated together.
+
+    Args:
+        inputs: I.
+        outputs: O.
+        count: N, seeds times members.
+        width: neurons of a hidden layer.
+        depth: hidden layers.
+        norm: where layer norms stand, see the top of this file.
+        norm_last: whether the last hidden layer has one.
+
+    Raises:
+        InvalidInputError: a size is not positive.
+        UnknownNameError: no such norm.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        count: int = 1,
+        width: int = 512,
+        depth: int = 4,
+        norm: Norm = "none",
+        *,
+        norm_last: bool = True,
+    ) -> None:
+        for name, value in (
+            ("inputs", inputs),
+            ("outputs", outputs),
+            ("count", count),
+            ("width", width),
+            ("depth", depth),
+        ):
+            if value < 1:
+                raise InvalidInputError(f"stacked MLPs were asked for with {name} {value}; expected 1 or more.")
+        if norm not in get_args(Norm):
+            raise UnknownNameError("norm", str(norm), get_args(Norm))
+        super().__init__()
+        self.inputs, self.outputs, self.count, self.width, self.depth, self.norm = (
+            inputs,
+            outputs,
+            count,
+            width,
+            depth,
+            norm,
+        )
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for before, after in pairwise([inputs, *[width] * depth, outputs]):
+            self.weights.append(nn.Parameter(torch.empty(count, before, after)))
+            self.biases.append(nn.Parameter(torch.zeros(count, 1, after)))
+        norms = 0 if norm == "none" else depth if norm_last else depth - 1
+        self.scales = nn.ParameterList(nn.Parameter(torch.ones(count, 1, width)) for _ in range(norms))
+        self.offsets = nn.ParameterList(nn.Parameter(torch.zeros(count, 1, width)) for _ in range(norms))
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self, generators: Sequence[torch.Generator] | None = None) -> None:
+        """Draw the weights anew: uniform with variance 2 / (inputs + outputs), as flax's variance_scaling(1, fan_avg, uniform).
+
+        Args:
+            generators: one a seed, on the CPU; each draws the N / S networks of its seed, which lie together. None: torch's
+                global one draws all.
+        """
+        for weight in self.weights:
+            bound = math.sqrt(6 / (weight.shape[1] + weight.shape[2]))
+            if generators is None:
+                weight.uniform_(-bound, bound)
+                continue
+            share = self.count // len(generators)
+            parts = [torch.empty(share, *weight.shape[1:]).uniform_(-bound, bound, generator=one) for one in generators]
+            weight.copy_(torch.cat(parts))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map (N, B, I), each network's own batch, to (N, B, O)."""
+        hidden = inputs
+        for layer in range(self.depth):
+            hidden = torch.baddbmm(self.biases[layer], hidden, self.weights[layer])
+            normed = layer < len(self.scales)
+            if normed and self.norm == "before":
+                hidden = self._normalise(layer, hidden)
+            hidden = functional.gelu(hidden, approximate="tanh")
+            if normed and self.norm == "after":
+                hidden = self._normalise(layer, hidden)
+        return torch.baddbmm(self.biases[-1], hidden, self.weights[-1])
+
+    def ensemble(self, inputs: Tensor) -> Tensor:
+        """Map (S, B, I), one batch a seed, to (S, M, B, O): every seed's batch through its M = N / S members."""
+        seeds, rows, size = inputs.shape
+        members = self.count // seeds
+        wide = inputs[:, None].expand(seeds, members, rows, size).reshape(self.count, rows, size)
+        return self(wide).view(seeds, members, rows, -1)
+
+    def part(self, first: int, count: int) -> StackedMLP:
+        """Return networks `first` to `first + count` as a stack of their own, copied, without gradients."""
+        norm_last = len(self.scales) == self.depth or self.norm == "none"
+        part = StackedMLP(self.inputs, self.outputs, count, self.width, self.depth, self.norm, norm_last=norm_last)
+        part.load_state_dict({name: value[first : first + count] for name, value in self.state_dict().items()})
+        return part.requires_grad_(False)
+
+    def _normalise(self, layer: int, hidden: Tensor) -> Tensor:
+        normed = functional.layer_norm(hidden, hidden.shape[-1:], eps=EPSILON)
+        return normed * self.scales[layer] + self.offsets[layer]
