@@ -4,7 +4,7 @@ The variants are those of the official offline-RL code (methods' networks must a
 
     norm "none"    [Dense, gelu] x depth, Dense                    RQL's actor, FQL's actors
     norm "after"   [Dense, gelu, LayerNorm] x depth, Dense         RQL's and FQL's value networks
-    norm "before"  [Dense, LayerNorm, gelu] x depth, Dense         QGF's value networks; its policy's last hidden layer has no norm
+    norm "before"  [Dense, LayerNorm, gelu] x depth, Dense         QGF's value networks; its policy (last hidden layer without norm)
 
 gelu is the tanh approximation, layer norms have an epsilon of 1e-6 and their own scale and offset, as in flax.
 """
@@ -100,25 +100,36 @@ class StackedMLP(nn.Module):
             parts = [torch.empty(share, *weight.shape[1:]).uniform_(-bound, bound, generator=one) for one in generators]
             weight.copy_(torch.cat(parts))
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Map (N, B, I), each network's own batch, to (N, B, O)."""
+    def forward(self, inputs: Tensor, *, frozen: bool = False) -> Tensor:
+        """Map (N, B, I), each network's own batch, to (N, B, O).
+
+        Args:
+            inputs: (N, B, I).
+            frozen: let gradients reach the inputs, but not the parameters.
+        """
+
+        def own(parameters: nn.ParameterList) -> list[Tensor]:
+            return [one.detach() if frozen else one for one in parameters]
+
+        weights, biases, scales, offsets = own(self.weights), own(self.biases), own(self.scales), own(self.offsets)
         hidden = inputs
         for layer in range(self.depth):
-            hidden = torch.baddbmm(self.biases[layer], hidden, self.weights[layer])
-            normed = layer < len(self.scales)
+            hidden = torch.baddbmm(biases[layer], hidden, weights[layer])
+            normed = layer < len(scales)
             if normed and self.norm == "before":
-                hidden = self._normalise(layer, hidden)
+                hidden = _layer_norm(hidden, scales[layer], offsets[layer])
             hidden = functional.gelu(hidden, approximate="tanh")
             if normed and self.norm == "after":
-                hidden = self._normalise(layer, hidden)
-        return torch.baddbmm(self.biases[-1], hidden, self.weights[-1])
+                hidden = _layer_norm(hidden, scales[layer], offsets[layer])
+        return torch.baddbmm(biases[-1], hidden, weights[-1])
 
-    def ensemble(self, inputs: Tensor) -> Tensor:
+    def ensemble(self, inputs: Tensor, *, frozen: bool = False) -> Tensor:
         """Map (S, B, I), one batch a seed, to (S, M, B, O): every seed's batch through its M = N / S members."""
         seeds, rows, size = inputs.shape
         members = self.count // seeds
         wide = inputs[:, None].expand(seeds, members, rows, size).reshape(self.count, rows, size)
-        return self(wide).view(seeds, members, rows, -1)
+        outputs: Tensor = self(wide, frozen=frozen)
+        return outputs.view(seeds, members, rows, -1)
 
     def part(self, first: int, count: int) -> StackedMLP:
         """Return networks `first` to `first + count` as a stack of their own, copied, without gradients."""
@@ -127,6 +138,7 @@ class StackedMLP(nn.Module):
         part.load_state_dict({name: value[first : first + count] for name, value in self.state_dict().items()})
         return part.requires_grad_(False)
 
-    def _normalise(self, layer: int, hidden: Tensor) -> Tensor:
-        normed = functional.layer_norm(hidden, hidden.shape[-1:], eps=EPSILON)
-        return normed * self.scales[layer] + self.offsets[layer]
+
+def _layer_norm(hidden: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    normed = functional.layer_norm(hidden, hidden.shape[-1:], eps=EPSILON)
+    return normed * scale + offset
