@@ -14,10 +14,10 @@ from counterflow.errors import InvalidInputError, MismatchError, UnknownNameErro
 from counterflow.flow.field import inspectable
 from counterflow.policies.base import ActionSpec
 from counterflow.policies.described import fingerprint
-from counterflow.policies.networks import MLPNetwork, TransformerNetwork
+from counterflow.policies.networks import MLPNetwork, OfflineNetwork, TransformerNetwork
 from counterflow.policies.normalisation import Normaliser
 
-NetworkName = Literal["mlp", "transformer"]
+NetworkName = Literal["mlp", "transformer", "plain_mlp", "normed_mlp", "one_step_mlp"]
 
 # Far outside the data a network extrapolates wildly; what is further off than this looks the same to it.
 LARGEST_OBSERVATION = 10.0
@@ -28,7 +28,8 @@ class NetworkConfig:
     """The velocity network's architecture.
 
     Attributes:
-        name: "mlp" over the flattened chunk, or "transformer" over its rows.
+        name: "mlp" over the flattened chunk, or "transformer" over its rows; the others are those of the offline learners (see
+            `OfflineNetwork`).
         width: neurons of a hidden layer, or size of a token.
         depth: hidden layers, or blocks.
         heads: attention heads of the transformer.
@@ -88,8 +89,10 @@ class FlowPolicy(nn.Module):
         self.network: nn.Module
         if network.name == "mlp":
             self.network = MLPNetwork(*sizes, network.width, network.depth)
-        else:
+        elif network.name == "transformer":
             self.network = TransformerNetwork(*sizes, network.width, network.depth, network.heads)
+        else:
+            self.network = OfflineNetwork(network.name, *sizes, network.width, network.depth)
         # What else was recorded about its making (data, seed, steps, losses); travels with the checkpoint.
         self.provenance: dict[str, Any] = {}
 
@@ -119,6 +122,8 @@ class FlowPolicy(nn.Module):
         if inspectable(given) and not bool(torch.isfinite(given).all()):
             raise InvalidInputError("observations hold NaN or infinite values; look for them where they were recorded.")
         normalised = self.observation_normaliser.normalise(given.to(self.device, torch.float32))
+        if self.observation_normaliser.kind == "none":
+            return normalised
         return normalised.clamp(-LARGEST_OBSERVATION, LARGEST_OBSERVATION)
 
     def features(self, context: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Velocity networks: an MLP over the flattened chunk, and a transformer over its rows.
+"""Velocity networks: MLPs over the flattened chunk, and a transformer over its rows.
 
-Both are called with (features (B, F), x (B, H, A), t (B,)) and return the velocity (B, H, A).
+All are called with (features (B, F), x (B, H, A), t (B,)) and return the velocity (B, H, A).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from counterflow.errors import InvalidInputError
+from counterflow.policies.stacked import Norm, StackedMLP
 
 
 class TimeEmbedding(nn.Module):
@@ -63,6 +64,47 @@ class MLPNetwork(nn.Module):
             hidden = functional.gelu(layer(hidden), approximate="tanh")
         velocity: Tensor = self.out(hidden)
         return velocity.view_as(x)
+
+
+def sinusoidal(t: Tensor, size: int = 16, longest: float = 10_000.0) -> Tensor:
+    """Embed times (...) as (..., size), like QGF's official code: cosines, then sines, of `longest` t at falling frequencies."""
+    half = size // 2
+    frequencies = torch.exp(-math.log(longest) * torch.arange(half, dtype=t.dtype, device=t.device) / half)
+    angle = (t * longest)[..., None] * frequencies
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class OfflineNetwork(nn.Module):
+    """One velocity network of the offline learners, whose inputs are (observation, chunk, time), concatenated in this order.
+
+    Args:
+        kind: "plain_mlp" (RQL's actor, FQL's and IFQL's flows: the time as it is, no layer norms), "normed_mlp" (QGF's policy:
+            the time embedded, layer norms before the activations but the last), "one_step_mlp" (FQL's one-step policy mu:
+            no time; its velocity is mu(s, x) - x, so that one step from noise is what it says).
+        features: F.
+        horizon: H.
+        dim: A.
+        width: neurons of a hidden layer.
+        depth: hidden layers.
+    """
+
+    def __init__(self, kind: str, features: int, horizon: int, dim: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.kind = kind
+        time = {"plain_mlp": 1, "normed_mlp": 16, "one_step_mlp": 0}[kind]
+        norm: Norm = "before" if kind == "normed_mlp" else "none"
+        chunk = horizon * dim
+        self.stack = StackedMLP(features + chunk + time, chunk, 1, width, depth, norm, norm_last=False)
+
+    def forward(self, features: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Return the velocity (B, H, A)."""
+        inputs = [features, x.flatten(1)]
+        if self.kind == "plain_mlp":
+            inputs.append(t[:, None])
+        elif self.kind == "normed_mlp":
+            inputs.append(sinusoidal(t))
+        said: Tensor = self.stack(torch.cat(inputs, dim=1)[None])[0].view_as(x)
+        return said - x if self.kind == "one_step_mlp" else said
 
 
 class TransformerNetwork(nn.Module):

@@ -4,7 +4,7 @@ The variants are those of the official offline-RL code (methods' networks must a
 
     norm "none"    [Dense, gelu] x depth, Dense                    RQL's actor, FQL's actors
     norm "after"   [Dense, gelu, LayerNorm] x depth, Dense         RQL's and FQL's value networks
-    norm "before"  [Dense, LayerNorm, gelu] x depth, Dense         QGF's value networks; its policy (last hidden layer without norm)
+    norm "before"  [Dense, LayerNorm, gelu] x depth, Dense         QGF (its policy: not on the last hidden layer)
 
 gelu is the tanh approximation, layer norms have an epsilon of 1e-6 and their own scale and offset, as in flax.
 """
@@ -33,8 +33,8 @@ class StackedMLP(nn.Module):
         inputs: I.
         outputs: O.
         count: N, seeds times members.
-        width: neurons of a hidden layer.
-        depth: hidden layers.
+        width: neurons of a hidden layer, or of each of them.
+        depth: hidden layers; not read where `width` says each.
         norm: where layer norms stand, see the top of this file.
         norm_last: whether the last hidden layer has one.
 
@@ -48,39 +48,32 @@ class StackedMLP(nn.Module):
         inputs: int,
         outputs: int,
         count: int = 1,
-        width: int = 512,
+        width: int | Sequence[int] = 512,
         depth: int = 4,
         norm: Norm = "none",
         *,
         norm_last: bool = True,
     ) -> None:
-        for name, value in (
-            ("inputs", inputs),
-            ("outputs", outputs),
-            ("count", count),
-            ("width", width),
-            ("depth", depth),
-        ):
+        hidden = [width] * depth if isinstance(width, int) else list(width)
+        for name, value in (("inputs", inputs), ("outputs", outputs), ("count", count), ("hidden layers", len(hidden))):
             if value < 1:
                 raise InvalidInputError(f"stacked MLPs were asked for with {name} {value}; expected 1 or more.")
+        if min(hidden) < 1:
+            raise InvalidInputError(
+                f"stacked MLPs were asked for with hidden layers of {hidden}; expected 1 neuron or more."
+            )
         if norm not in get_args(Norm):
             raise UnknownNameError("norm", str(norm), get_args(Norm))
         super().__init__()
-        self.inputs, self.outputs, self.count, self.width, self.depth, self.norm = (
-            inputs,
-            outputs,
-            count,
-            width,
-            depth,
-            norm,
-        )
+        self.inputs, self.outputs, self.count, self.hidden = inputs, outputs, count, tuple(hidden)
+        self.norm = norm
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for before, after in pairwise([inputs, *[width] * depth, outputs]):
+        for before, after in pairwise([inputs, *hidden, outputs]):
             self.weights.append(nn.Parameter(torch.empty(count, before, after)))
             self.biases.append(nn.Parameter(torch.zeros(count, 1, after)))
-        norms = 0 if norm == "none" else depth if norm_last else depth - 1
-        self.scales = nn.ParameterList(nn.Parameter(torch.ones(count, 1, width)) for _ in range(norms))
-        self.offsets = nn.ParameterList(nn.Parameter(torch.zeros(count, 1, width)) for _ in range(norms))
+        normed = [] if norm == "none" else hidden if norm_last else hidden[:-1]
+        self.scales = nn.ParameterList(nn.Parameter(torch.ones(count, 1, size)) for size in normed)
+        self.offsets = nn.ParameterList(nn.Parameter(torch.zeros(count, 1, size)) for size in normed)
         self.reset()
 
     @torch.no_grad()
@@ -113,7 +106,7 @@ class StackedMLP(nn.Module):
 
         weights, biases, scales, offsets = own(self.weights), own(self.biases), own(self.scales), own(self.offsets)
         hidden = inputs
-        for layer in range(self.depth):
+        for layer in range(len(self.hidden)):
             hidden = torch.baddbmm(biases[layer], hidden, weights[layer])
             normed = layer < len(scales)
             if normed and self.norm == "before":
@@ -133,8 +126,8 @@ class StackedMLP(nn.Module):
 
     def part(self, first: int, count: int) -> StackedMLP:
         """Return networks `first` to `first + count` as a stack of their own, copied, without gradients."""
-        norm_last = len(self.scales) == self.depth or self.norm == "none"
-        part = StackedMLP(self.inputs, self.outputs, count, self.width, self.depth, self.norm, norm_last=norm_last)
+        norm_last = len(self.scales) == len(self.hidden) or self.norm == "none"
+        part = StackedMLP(self.inputs, self.outputs, count, self.hidden, norm=self.norm, norm_last=norm_last)
         part.load_state_dict({name: value[first : first + count] for name, value in self.state_dict().items()})
         return part.requires_grad_(False)
 
