@@ -106,6 +106,11 @@ class FlowPolicy(nn.Module):
         """Where it computes."""
         return next(self.network.parameters()).device
 
+    @property
+    def has_flow(self) -> bool:
+        """Whether it can be stopped on the way, reversed and guided; a policy of one step can't."""
+        return self.config.name != "one_step_mlp"
+
     def encode(self, observation: Tensor | npt.NDArray[Any]) -> Tensor:
         """Normalise observations (B, O), on the policy's device.
 
