@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from counterflow.data import collect
+from counterflow.data import Recipe, collect
 from counterflow.data.npz import save_npz
 from counterflow.errors import InvalidInputError, MismatchError, StorageError, UnknownNameError, WorkerError
 
@@ -204,3 +204,9 @@ class TestRefusals:
     def test_a_path_that_is_no_npz(self, tmp_path: Path) -> None:
         with pytest.raises(InvalidInputError, match=r"end in '\.npz'"):
             small(tmp_path / "x.hdf5")
+
+
+@pytest.mark.parametrize("env", ["ogbench/antmaze-large", "ogbench/cube-single-goals"])
+def test_only_families_with_oracles_are_collected(env: str) -> None:
+    with pytest.raises(UnknownNameError, match="unknown family of environments with oracles"):
+        Recipe.official(env, "play", seed=0, episodes=1, validation_episodes=0)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from counterflow.envs import RenderSettings, env_names, families, family_of, make_env
-from counterflow.envs.ogbench import FAMILIES, OGBenchEnv
+from counterflow.envs.ogbench import FAMILIES, GOALS, OGBenchEnv, names
 from counterflow.errors import InvalidInputError, RenderingError, UnknownNameError
+from counterflow.random import child_seed
 
 SMALL = RenderSettings(width=64, height=48)
 
@@ -17,9 +18,11 @@ def rollout(env: OGBenchEnv, seed: int, steps: int = 12) -> np.ndarray:
 
 
 def test_every_family_has_five_tasks() -> None:
-    assert len(env_names()) == 5 * len(FAMILIES) == 50
-    assert len(families()) == len(FAMILIES)
+    assert len(names()) == 2 * 5 * len(FAMILIES) == 100  # single and goal-conditioned
+    assert {*names()} < {*env_names()}
+    assert {f"ogbench/{family}{goals}" for family in FAMILIES for goals in ("", GOALS)} < {*families()}
     assert family_of("ogbench/puzzle-4x5-task3") == "ogbench/puzzle-4x5"
+    assert family_of("ogbench/cube-single-goals-task1") == "ogbench/cube-single-goals"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -35,7 +38,18 @@ def test_every_family_steps(family: str) -> None:
     env.close()
 
 
-@pytest.mark.parametrize("name", ["ogbench/cube-double-task4", "ogbench/scene-task5", "ogbench/puzzle-3x3-task2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ogbench/cube-double-task4",
+        "ogbench/scene-task5",
+        "ogbench/puzzle-3x3-task2",
+        "ogbench/cube-single-goals-task1",
+        "ogbench/cube-double-goals-task4",
+        "ogbench/scene-goals-task5",
+        "ogbench/puzzle-3x3-goals-task2",
+    ],
+)
 def test_an_episode_depends_on_its_seed_alone(name: str) -> None:
     veteran = OGBenchEnv(name)
     rollout(veteran, 7, steps=40)
@@ -43,6 +57,52 @@ def test_an_episode_depends_on_its_seed_alone(name: str) -> None:
     fresh = OGBenchEnv(name)
     np.testing.assert_array_equal(rollout(veteran, 3), rollout(fresh, 3))
     assert not np.array_equal(rollout(veteran, 3), rollout(veteran, 4))
+
+
+@pytest.mark.parametrize("family", ["cube-single", "cube-double", "scene", "puzzle-3x3"])
+def test_goal_conditioned_tasks_are_ogbenchs_own(family: str) -> None:
+    """The same as OGBench's environment by hand, given the same seeds."""
+    import gymnasium
+    import ogbench  # noqa: F401
+
+    env = OGBenchEnv(f"ogbench/{family}-goals-task2")
+    single = OGBenchEnv(f"ogbench/{family}-task2")
+    dim = single.spec.observation_dim
+    assert (env.spec.observation_dim, env.spec.goal_dim, single.spec.goal_dim) == (2 * dim, dim, 0)
+    assert env.spec.family == f"ogbench/{family}-goals"
+    moments = [env.reset(3), *(env.step(action) for action in np.random.default_rng(0).uniform(-1, 1, (4, 5)))]
+    assert env.simulator.cur_task_id == 2
+
+    official = gymnasium.make(f"{family}-v0").unwrapped
+    # What it draws from an unseeded space, two steps to settle the goal, is the one thing that may differ.
+    observation, info = official.reset(seed=child_seed(3, "episode"), options={"task_id": 2})
+    assert moments[0].observation.dtype == np.float32
+    np.testing.assert_allclose(moments[0].observation[:dim], observation, atol=2e-3)
+    # The gripper may have moved in those two steps; what has to be reached has not.
+    np.testing.assert_allclose(moments[0].observation[dim + 19 :], info["goal"][19:], atol=2e-2)
+    for moment in moments:
+        np.testing.assert_array_equal(moment.observation[dim:], moments[0].observation[dim:])
+        assert (moment.reward, moment.success, moment.terminated) == (0.0, False, False)
+    assert not np.array_equal(moments[1].observation[:dim], moments[0].observation[:dim])
+    env.close()
+
+
+def test_a_goal_is_reached_where_it_is_and_ends_the_episode() -> None:
+    """Goal-conditioned tasks look at what an action led to, single tasks at where it was taken."""
+    import mujoco
+
+    moments = {}
+    for name in ("ogbench/cube-single-goals-task1", "ogbench/cube-single-task1"):
+        env = OGBenchEnv(name)
+        goal = env.reset(0).privileged["goal/block_0_pos"]
+        env.simulator._data.joint("object_joint_0").qpos[:3] = goal
+        mujoco.mj_forward(env.simulator._model, env.simulator._data)
+        moments[name] = [env.step(np.zeros(5)) for _ in range(2)]
+    first, _ = moments["ogbench/cube-single-goals-task1"]
+    assert (first.reward, first.success, first.terminated) == (1.0, True, True)
+    dim = len(first.observation) // 2
+    np.testing.assert_allclose(first.observation[19:22], first.observation[dim + 19 : dim + 22], atol=0.2)
+    assert [moment.success for moment in moments["ogbench/cube-single-task1"]] == [False, True]
 
 
 def test_spec_tells_the_time_limit_and_the_episode_ends_there() -> None:

@@ -71,7 +71,7 @@ def collect(
     must call this under `if __name__ == "__main__"`, because worker processes import the script anew.
 
     Args:
-        env: a family of environments, for example "ogbench/cube-single"; `counterflow.envs.families()` lists them.
+        env: a family of manipulation environments, for example "ogbench/cube-single".
         kind: "play" (open-loop oracle with correlated noise) or "noisy" (closed-loop oracle, noisier).
         episodes: how many episodes to train on.
         validation_episodes: how many more to hold out; default a tenth of `episodes`, at least one.

@@ -80,10 +80,7 @@ class EpisodeDataset:
     @classmethod
     def load_all(cls, path: Path | str) -> EpisodeDataset:
         """Load an archive with every array that it holds; see `load`."""
-        path = Path(path)
-        with _damage_explained(path):
-            keys = [name for name in names_of(path) if name not in REQUIRED]
-        return cls.load(path, keys=keys)
+        return cls.load(path, keys=[name for name in array_names(path) if name not in REQUIRED])
 
     @classmethod
     def from_episodes(cls, episodes: Sequence[Mapping[str, Array]]) -> EpisodeDataset:
@@ -232,6 +229,17 @@ class EpisodeDataset:
             f"{self.num_episodes:,} episodes of {length} steps, {self.num_steps:,} transitions, observations "
             f"{self.observation_shape}, actions ({self.action_dim},)"
         )
+
+
+def array_names(path: Path | str) -> list[str]:
+    """Return the names of an archive's arrays.
+
+    Raises:
+        DatasetError: the file is missing or damaged.
+    """
+    path = Path(path)
+    with _damage_explained(path):
+        return names_of(path)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Environments: one file a benchmark, all behind `make_env`. Nothing here imports torch."""
 
 from counterflow.envs.registry import check_env_name, describe, env_names, families, family_of, make_env
+from counterflow.envs.relabelling import relabel
 from counterflow.envs.types import (
     Batch,
     CameraView,
@@ -27,4 +28,5 @@ __all__ = [
     "families",
     "family_of",
     "make_env",
+    "relabel",
 ]

@@ -1,7 +1,11 @@
-"""OGBench's manipulation environments: cube, scene and puzzle, each with five single tasks.
+"""OGBench's manipulation environments: cube, scene and puzzle, each with five tasks, single or goal-conditioned.
 
-Source: OGBench (arXiv 2410.20092), package `ogbench`; the tasks are its own `*-singletask-task{1..5}-v0`. State
-observations; actions are five relative end-effector commands in [-1, 1]: x, y, z, yaw, gripper (positive closes).
+Source: OGBench (arXiv 2410.20092), package `ogbench`. "ogbench/<family>-task<k>" are its `<family>-singletask-task<k>-v0`: the
+task is always the same, and what is rewarded is the state that an action was taken in. "ogbench/<family>-goals-task<k>" are
+its evaluation of goal-conditioned policies, `<family>-v0` reset with `task_id=k`: the goal is part of the observation, the
+blocks change places from episode to episode, and success is what an action leads to.
+
+State observations; actions are five relative end-effector commands in [-1, 1]: x, y, z, yaw, gripper (positive closes).
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ FAMILIES = (
     "puzzle-4x5",
     "puzzle-4x6",
 )
+GOALS = "-goals"  # after a family's name: its tasks with the goal in the observation
 TASKS = (1, 2, 3, 4, 5)
 ACTION_LAYOUT = ActionLayout(translation=(0, 1, 2), rotation=(3,), gripper=4, gripper_close_sign=1)
 
@@ -50,14 +55,14 @@ _SENTENCES = {
 
 def names() -> list[str]:
     """Return every environment of this benchmark by its full name."""
-    return [f"ogbench/{family}-task{task}" for family in FAMILIES for task in TASKS]
+    return [f"ogbench/{family}{goals}-task{task}" for goals in ("", GOALS) for family in FAMILIES for task in TASKS]
 
 
 class OGBenchEnv:
     """One OGBench manipulation task, seeded completely and with goal and object state laid open.
 
     Args:
-        name: "ogbench/<family>-task<1..5>", one of `names()`.
+        name: "ogbench/<family>-task<1..5>" or "ogbench/<family>-goals-task<1..5>", one of `names()`.
         render: how to draw frames; None if they will not be asked for.
 
     Raises:
@@ -65,10 +70,14 @@ class OGBenchEnv:
     """
 
     def __init__(self, name: str, render: RenderSettings | None = None) -> None:
-        match = re.fullmatch(r"ogbench/(.+)-task([1-5])", name)
+        match = re.fullmatch(rf"ogbench/(.+?)({GOALS})?-task([1-5])", name)
         if match is None or match[1] not in FAMILIES:
-            raise InvalidInputError(f"{name!r} is not an OGBench task; expected 'ogbench/<family>-task<1..5>'.")
-        self._name, self._family, task = name, match[1], int(match[2])
+            raise InvalidInputError(
+                f"{name!r} is not a manipulation task of OGBench's; expected 'ogbench/<family>-task<1..5>' or "
+                f"'ogbench/<family>{GOALS}-task<1..5>'."
+            )
+        self._name, self._family, self._has_goals, self._task = name, match[1], match[2] is not None, int(match[3])
+        self._goal = np.zeros(0, np.float32)
         self._render = render
         prepare_backend()  # before the first import of mujoco
         if render is not None:
@@ -79,7 +88,8 @@ class OGBenchEnv:
         from gymnasium.envs.registration import load_env_creator
         from gymnasium.spaces import Box
 
-        spec = gymnasium.spec(f"{self._family}-singletask-task{task}-v0")
+        variant = "" if self._has_goals else f"-singletask-task{self._task}"
+        spec = gymnasium.spec(f"{self._family}{variant}-v0")
         assert isinstance(spec.entry_point, str)
         assert spec.max_episode_steps is not None
         base: Any = load_env_creator(spec.entry_point)
@@ -102,22 +112,33 @@ class OGBenchEnv:
     @cached_property
     def spec(self) -> EnvSpec:
         """The description."""
+        state_dim = int(self._env.observation_space.shape[0])
+        goal_dim = state_dim if self._has_goals else 0
         return EnvSpec(
             name=self._name,
-            family=f"ogbench/{self._family}",
+            family=f"ogbench/{self._family}{GOALS if self._has_goals else ''}",
             task=_SENTENCES[self._family.split("-")[0]],
-            observation_dim=int(self._env.observation_space.shape[0]),
+            observation_dim=state_dim + goal_dim,
             action_dim=5,
             action_low=(-1.0,) * 5,
             action_high=(1.0,) * 5,
             action_layout=ACTION_LAYOUT,
             max_episode_steps=self._max_episode_steps,
+            goal_dim=goal_dim,
         )
+
+    @property
+    def simulator(self) -> Any:
+        """OGBench's own environment."""
+        return self._env
 
     def reset(self, seed: int) -> Moment:
         """Begin the episode that `seed` names."""
         self._env.action_space.seed(child_seed(seed, "settle"))
-        observation, info = self._env.reset(seed=child_seed(seed, "episode"))
+        options = {"task_id": self._task} if self._has_goals else None
+        observation, info = self._env.reset(seed=child_seed(seed, "episode"), options=options)
+        if self._has_goals:
+            self._goal = np.asarray(info["goal"], dtype=np.float32)
         self._steps = 0
         return self._moment(observation, 0.0, success=False, terminated=False, info=info)
 
@@ -127,13 +148,7 @@ class OGBenchEnv:
         Raises:
             InvalidInputError: the action's shape is wrong, or it is not finite, or it is outside [-1, 1].
         """
-        action = np.asarray(action, dtype=np.float64)
-        if action.shape != (5,) or not np.isfinite(action).all() or np.abs(action).max() > 1 + 1e-6:
-            raise InvalidInputError(
-                f"{self._name} was given the action {np.array2string(action, precision=3)}; expected 5 finite numbers in "
-                "[-1, 1]. Add a `Limits` edit to the steered policy, or check its normalisation."
-            )
-        observation, reward, terminated, _, info = self._env.step(np.clip(action, -1.0, 1.0))
+        observation, reward, terminated, _, info = self._env.step(self.spec.check_action(action))
         self._steps += 1
         return self._moment(observation, float(reward), bool(info["success"]), bool(terminated), info)
 
@@ -175,7 +190,7 @@ class OGBenchEnv:
 
     def _moment(self, observation: FloatArray, reward: float, success: bool, terminated: bool, info: Any) -> Moment:
         return Moment(
-            observation=np.asarray(observation, dtype=np.float32),
+            observation=np.concatenate([np.asarray(observation, dtype=np.float32), self._goal]),
             reward=reward,
             success=success,
             terminated=terminated,

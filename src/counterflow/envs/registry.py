@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from counterflow.envs import ogbench
+from counterflow.envs import ogbench, ogbench_locomotion
 from counterflow.envs.types import EnvSpec, RenderSettings, TaskEnv
 from counterflow.envs.vector import VectorEnv
 from counterflow.errors import InvalidInputError, UnknownNameError
 from counterflow.random import check_seed
 
-# A benchmark is a prefix, the names it offers, and how one of them is made.
-_BENCHMARKS: dict[str, tuple[Callable[[], list[str]], Callable[[str, RenderSettings | None], TaskEnv]]] = {
-    "ogbench": (ogbench.names, ogbench.OGBenchEnv),
-}
+# A benchmark, or a part of one, is the names it offers and how one of them is made.
+_BENCHMARKS: tuple[tuple[Callable[[], list[str]], Callable[[str, RenderSettings | None], TaskEnv]], ...] = (
+    (ogbench.names, ogbench.OGBenchEnv),
+    (ogbench_locomotion.names, ogbench_locomotion.OGBenchLocomotionEnv),
+)
 
 MAX_ENVS = 1024
 
 
 def env_names() -> list[str]:
     """Return the full name of every environment that `make_env` knows."""
-    return [name for names, _ in _BENCHMARKS.values() for name in names()]
+    return [name for names, _ in _BENCHMARKS for name in names()]
 
 
 def families() -> list[str]:
@@ -55,12 +56,22 @@ def describe(name: str) -> EnvSpec:
     tasks = [other for other in known if name in (other, family_of(other))]
     if not tasks:
         raise UnknownNameError("environment or family", name, [*known, *families()])
-    _, make_task = _BENCHMARKS[tasks[0].split("/")[0]]
-    env = make_task(tasks[0], None)
+    env = make_task(tasks[0])
     try:
         return env.spec
     finally:
         env.close()
+
+
+def make_task(name: str, render: RenderSettings | None = None) -> TaskEnv:
+    """Make one environment in this process, without a vector around it.
+
+    Raises:
+        UnknownNameError, InvalidInputError: as for `make_env`.
+    """
+    check_env_name(name)
+    make = next(make for names, make in _BENCHMARKS if name in names())
+    return make(name, render)
 
 
 def make_env(
@@ -90,5 +101,4 @@ def make_env(
     check_env_name(name)
     if not 1 <= num_envs <= MAX_ENVS:
         raise InvalidInputError(f"num_envs is {num_envs}; expected 1 to {MAX_ENVS}.")
-    _, make_task = _BENCHMARKS[name.split("/")[0]]
     return VectorEnv([partial(make_task, name, render)] * num_envs, check_seed(seed), workers)

@@ -26,12 +26,14 @@ class EnvSpec:
         name: full name, for example "ogbench/cube-single-task1".
         family: the environments that share observations, actions and a prior, for example "ogbench/cube-single".
         task: the task in a sentence.
-        observation_dim: O, the length of a state observation.
+        observation_dim: O, the length of a state observation, the goal included.
         action_dim: A, the length of an action.
         action_low: (A,) lowest action, in environment units.
         action_high: (A,) highest action, in environment units.
-        action_layout: which action dimension does what.
+        action_layout: which action dimension does what; None where a direction in words means nothing to an action, as in
+            the torques of a walking robot.
         max_episode_steps: an episode is truncated after this many steps.
+        goal_dim: how many of the observation's last entries are the goal (0 where the task is always the same).
     """
 
     name: str
@@ -41,8 +43,30 @@ class EnvSpec:
     action_dim: int
     action_low: tuple[float, ...]
     action_high: tuple[float, ...]
-    action_layout: ActionLayout
+    action_layout: ActionLayout | None
     max_episode_steps: int
+    goal_dim: int = 0
+
+    def check_action(self, action: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Return an action (A,) as float64, rounding errors at the limits taken off.
+
+        Raises:
+            InvalidInputError: its shape is wrong, or it is not finite, or it is outside the limits.
+        """
+        checked = np.asarray(action, dtype=np.float64)
+        low, high = np.array(self.action_low), np.array(self.action_high)
+        if (
+            checked.shape != (self.action_dim,)
+            or not np.isfinite(checked).all()
+            or (checked < low - 1e-6).any()
+            or (checked > high + 1e-6).any()
+        ):
+            raise InvalidInputError(
+                f"{self.name} was given the action {np.array2string(checked, precision=3)}; expected {self.action_dim} finite "
+                f"numbers in [{low.min():g}, {high.max():g}]. Add a `Limits` edit to the steered policy, or check its "
+                "normalisation."
+            )
+        return np.clip(checked, low, high)
 
 
 @dataclass(frozen=True)
