@@ -207,6 +207,7 @@ class Chunks:
         rewards: (...) float32, the discounted sum of the rewards inside the episode, sum over k < h of discount^k r_k.
         masks: (...) float32, 0 if one of those rows has mask 0: nothing is bootstrapped from the next observation.
         valid: (...) float32, 1 if all h rows lie in the episode, 0 if it ended before the last.
+        policy_observations: (..., O) float32, what a policy is to learn from where that differs, as with goals of its own.
     """
 
     observations: Tensor
@@ -215,6 +216,7 @@ class Chunks:
     rewards: Tensor
     masks: Tensor
     valid: Tensor
+    policy_observations: Tensor | None = None
 
 
 class WindowSampler:

@@ -11,22 +11,23 @@ Evaluation goes on in a process of its own while the training continues; its num
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from counterflow.data.transitions import TransitionDataset, WindowSampler
+from counterflow.data import ACTOR_GOALS, VALUE_GOALS, GoalSampler, SliceStream, TransitionDataset, WindowSampler
+from counterflow.data.sampling import Weighting
+from counterflow.data.transitions import Chunks, Windows
 from counterflow.envs import EnvSpec, describe, make_env
-from counterflow.errors import InvalidInputError, TrainingError, UnknownNameError
+from counterflow.errors import InvalidInputError, MismatchError, TrainingError, UnknownNameError
 from counterflow.experiments.evaluate import check_episodes, default_num_envs, evaluate, machine
 from counterflow.experiments.offline_data import load_transitions
 from counterflow.experiments.run import Run, read_config
@@ -38,7 +39,7 @@ from counterflow.learning.rql import RQLConfig, RQLLearner
 from counterflow.policies import ActionSpec, FlowPolicy, Normaliser, as_device, save
 from counterflow.policies.checkpoint import load
 from counterflow.random import child_seed
-from counterflow.steering import ChunkCritic, CriticConfig, MethodSettings
+from counterflow.steering import ChunkCritic, CriticBinding, CriticConfig, GuidanceSettings
 
 Algorithm = Literal["rql", "qgf", "fql", "ifql"]
 LEARNERS: dict[str, type[OfflineLearner[Any, Any]]] = {
@@ -61,6 +62,7 @@ class OfflineRun:
         episodes: of an evaluation, each seed; 0: no evaluation at all.
         checkpoint_every: updates between two checkpoints.
         report_every: updates between two reports.
+        slice_every: updates for which a slice is used, where the data are a folder of slices.
 
     Raises:
         InvalidInputError: a number is out of range.
@@ -72,6 +74,7 @@ class OfflineRun:
     episodes: int = 50
     checkpoint_every: int = 10_000
     report_every: int = 1_000
+    slice_every: int = 1_000
 
     def __post_init__(self) -> None:
         """Check every setting."""
@@ -81,9 +84,14 @@ class OfflineRun:
             ("episodes", 0),
             ("checkpoint_every", 1),
             ("report_every", 1),
+            ("slice_every", 1),
         ):
             if getattr(self, name) < least:
                 raise InvalidInputError(f"{name} is {getattr(self, name)}; expected {least} or more.")
+        if self.slice_every % BLOCK:
+            raise InvalidInputError(
+                f"slice_every is {self.slice_every}; expected a multiple of {BLOCK}, the updates that are drawn together."
+            )
 
 
 @dataclass(frozen=True)
@@ -138,8 +146,9 @@ def train_offline(
 
     Args:
         algorithm: "rql", "qgf", "fql" or "ifql".
-        data: an archive in OGBench's layout with rewards, or with what the task's rewards are made from (qpos).
-        env: the task.
+        data: an archive in OGBench's layout with rewards, or with what the task's rewards are made from (qpos); or a folder of
+            such archives (slices of a dataset larger than memory), each used for `settings.slice_every` updates.
+        env: the task. For a goal-conditioned one goals are drawn from the data in hindsight.
         run: the run's folder.
         config: settings of the algorithm; None: its official defaults.
         settings: of the run.
@@ -162,7 +171,10 @@ def train_offline(
         )
     settings = OfflineRun() if settings is None else settings
     data, device, spec = Path(data), as_device(device), describe(env)
-    dataset = load_transitions(data, env, sparse=settings.sparse, horizon=config.horizon)
+    if spec.goal_dim and LEARNERS[algorithm].batch_kind != "chunks":
+        raise MismatchError(
+            f"{algorithm} learns from windows of rewards, and {spec.name} has goals, drawn in hindsight. Use qgf, fql or ifql there."
+        )
     content = {
         "algorithm": algorithm,
         "data": str(data),
@@ -171,9 +183,68 @@ def train_offline(
         "run": asdict(settings),
         **asdict(config),
     }
-    with Run(run, content) as folder:
-        training = _Training(algorithm, dataset, spec, folder, config, settings, seeds, device)
-        return training.go(on_progress)
+    with (
+        Run(run, content) as folder,
+        _Source(data, spec, config, settings, LEARNERS[algorithm].batch_kind, device) as source,
+    ):
+        return _Training(algorithm, source, spec, folder, config, settings, seeds, device).go(on_progress)
+
+
+class _Source:
+    """Where batches come from: one archive, or slices in turn; windows, chunks, or chunks with goals."""
+
+    def __init__(
+        self,
+        data: Path,
+        spec: EnvSpec,
+        config: OfflineConfig,
+        settings: OfflineRun,
+        kind: str,
+        device: torch.device,
+    ) -> None:
+        self._spec, self._config, self._settings, self._kind, self._device = spec, config, settings, kind, device
+        self._stream = SliceStream(data, self._load, settings.slice_every) if data.is_dir() else None
+        self._sampler = self._load(data) if self._stream is None else self._stream.at(0)
+        self.description = {"file": data.name, "transitions": self._count}
+
+    def __enter__(self) -> _Source:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+    def turn_to(self, update: int) -> None:
+        """Take the slice for the updates from `update` on."""
+        if self._stream is not None:
+            del self._sampler  # or three slices would be in memory while one is loaded
+            self._sampler = self._stream.at(update)
+
+    def draw(self, count: int, rng: torch.Generator) -> Tensor:
+        """Draw windows (count, ...): their starts, and goals of critic and policy where there are goals."""
+        starts = self._sampler.draw(count, rng)
+        if not isinstance(self._sampler, GoalSampler):
+            return starts
+        goals = [self._sampler.goals(starts, shares, rng) for shares in (VALUE_GOALS, ACTOR_GOALS)]
+        return torch.stack([starts, *goals], -1)
+
+    def batch(self, drawn: Tensor) -> Windows | Chunks:
+        """Gather what was drawn."""
+        if isinstance(self._sampler, GoalSampler):
+            starts, judged, wanted = drawn.unbind(-1)
+            own = self._sampler.chunks(starts, wanted).observations
+            return replace(self._sampler.chunks(starts, judged), policy_observations=own)
+        if self._kind == "windows":
+            return self._sampler.windows(drawn)
+        return self._sampler.chunks(drawn, self._config.discount)
+
+    def _load(self, path: Path) -> WindowSampler | GoalSampler:
+        dataset: TransitionDataset = load_transitions(path, self._spec.name, sparse=self._settings.sparse)
+        self._count = dataset.num_transitions
+        if self._spec.goal_dim:
+            return GoalSampler(dataset, self._config.horizon, self._device, discount=self._config.discount)
+        weighting: Weighting = "episodes" if self._kind == "windows" else "windows"
+        return WindowSampler(dataset, self._config.horizon, self._device, weighting)
 
 
 class _Training:
@@ -182,7 +253,7 @@ class _Training:
     def __init__(
         self,
         algorithm: str,
-        dataset: TransitionDataset,
+        source: _Source,
         spec: EnvSpec,
         folder: Run,
         config: OfflineConfig,
@@ -193,14 +264,11 @@ class _Training:
         self.algorithm, self.spec, self.folder, self.config, self.settings = algorithm, spec, folder, config, settings
         sizes = Sizes(spec.observation_dim, spec.action_dim, config.horizon)
         self.learner = LEARNERS[algorithm](sizes, config, seeds, device)
-        kind = self.learner.batch_kind
-        self.sampler = WindowSampler(
-            dataset, config.horizon, device, weighting="episodes" if kind == "windows" else "windows"
-        )
+        self.source = source
         self.provenance = {
             "algorithm": algorithm,
             "env": spec.name,
-            "transitions": dataset.num_steps,
+            "data": source.description,
             "settings": asdict(config),
             "run": asdict(settings),
             "precision": self.learner.precision,
@@ -219,11 +287,12 @@ class _Training:
         ) as judge:
             reported: list[dict[str, Tensor]] = []
             while learner.step < settings.steps:
-                starts = learner.block(self.sampler.draw)[: settings.steps - learner.step]
+                self.source.turn_to(learner.step)
+                starts = learner.block(self.source.draw)[: settings.steps - learner.step]
                 losses: list[Tensor] = []
                 begin = learner.step
                 for row in starts:
-                    numbers = learner.update(self._batch(row))
+                    numbers = learner.update(self.source.batch(row))
                     losses.append(numbers["loss"])
                     reported.append(numbers)
                     step, last = learner.step, learner.step == settings.steps
@@ -252,11 +321,6 @@ class _Training:
             folders = {seed: place.parent for seed, place in self._places().items()}
             return OfflineTrained(folders, dict(judge.success), time.perf_counter() - began, settings.steps - first)
 
-    def _batch(self, starts: Tensor) -> Any:
-        if self.learner.batch_kind == "windows":
-            return self.sampler.windows(starts)
-        return self.sampler.chunks(starts, self.config.discount)
-
     def _places(self) -> dict[int, Path]:
         return {seed: self.folder.folder / f"seed-{seed}" / "checkpoints" for seed in self.learner.seeds}
 
@@ -283,18 +347,12 @@ class _Training:
         policy.provenance = provenance
         if critic is not None:
             members = critic.stack.count // len(learner.seeds)
-            judge = ChunkCritic.of_stack(
-                CriticConfig(
-                    members=members,
-                    width=self.config.width,
-                    depth=self.config.depth,
-                    norm=critic.norm,
-                    constant=critic.constant,
-                ),
-                critic.stack.part(index * members, members),
-                observation_dim=spec.observation_dim,
-                action_spec=action_spec,
-                family=spec.family,
+            stack = critic.stack.part(index * members, members).folded(critic.constants).cpu()
+            judge = ChunkCritic(
+                CriticConfig("observation", members, self.config.width, self.config.depth, stack.norm),
+                CriticBinding("", spec.family, self.config.horizon, spec.action_dim),
+                nothing,
+                stack,
             )
             judge.provenance = provenance
             judge.save(place / "critic.safetensors")
@@ -315,8 +373,8 @@ class _Training:
 
     def _diverged(self, what: str) -> TrainingError:
         return TrainingError(
-            f"{what}. The last checkpoint in {self.folder.checkpoints} is safe; look at those rows, or lower the learning rate in "
-            "a new run."
+            f"{what}. The last checkpoint in {self.folder.checkpoints} is safe; look at those rows, or lower the learning "
+            "rate in a new run."
         )
 
     def _report_rates(self, step: int, rates: dict[int, float]) -> None:
@@ -409,22 +467,21 @@ def success_of(env: str, algorithm: str, place: str, episodes: int) -> float:
     """Return the success rate of the policy in `place`, acting as its algorithm says; runs in a process of its own."""
     torch.set_num_threads(1)
     policy = load(Path(place) / "policy.safetensors")
-    method, settings, critic = acting(algorithm, Path(place))
+    method, guidance = acting(algorithm)
+    critic = None if guidance is None else ChunkCritic.load(Path(place) / "critic.safetensors")
+    # Seeds of the evaluations on the way differ from those of results: a choice made by these must not colour them.
+    seed = child_seed(0, "validation")
     with make_env(env, default_num_envs(episodes), workers=0) as vector:
-        # Seeds of the evaluations on the way differ from those of results: a choice made by these must not colour them.
-        result = evaluate(
-            vector, policy, method, episodes, child_seed(0, "validation"), settings=settings, critic=critic
-        )
-    return result.rate.rate
+        return evaluate(vector, policy, method, episodes, seed, critic=critic, guidance=guidance).rate.rate
 
 
-def acting(algorithm: str, place: Path) -> tuple[str, MethodSettings, ChunkCritic | None]:
-    """Return how an algorithm's policy acts: the method, its settings, and the critic that it needs."""
+def acting(algorithm: str) -> tuple[str, GuidanceSettings | None]:
+    """Return how an algorithm's policy acts: the method, and how its critic takes part, or None if it doesn't."""
     if algorithm == "qgf":
-        return "qgf", MethodSettings(), ChunkCritic.load(place / "critic.safetensors")
+        return "qgf", GuidanceSettings()
     if algorithm == "ifql":
-        return "qgf", MethodSettings(weight=0.0, best_of=32), ChunkCritic.load(place / "critic.safetensors")
-    return "base", MethodSettings(), None
+        return "qgf", GuidanceSettings(weight=0.0, best_of=IFQLConfig().candidates)
+    return "base", None
 
 
 def read_offline_settings(

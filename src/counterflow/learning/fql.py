@@ -179,4 +179,4 @@ class FQLLearner(OfflineLearner[FQLConfig, Chunks]):
 
     def critic(self) -> Critic:
         """Return the target critics."""
-        return Critic(self.parts.target_critic, "after")
+        return Critic(self.parts.target_critic)

@@ -97,4 +97,4 @@ class IFQLLearner(OfflineLearner[IFQLConfig, Chunks]):
 
     def critic(self) -> Critic:
         """Return the target critics (the official code ranks by the critics themselves, a few hundred updates ahead)."""
-        return Critic(self.parts.target_critic, "after")
+        return Critic(self.parts.target_critic)

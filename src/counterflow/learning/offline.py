@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from counterflow.errors import CheckpointError, InvalidInputError
 from counterflow.learning.bc import Precision, can_compile, choose_precision
 from counterflow.policies import NetworkConfig, as_device
-from counterflow.policies.stacked import Norm, StackedMLP
+from counterflow.policies.stacked import StackedMLP
 from counterflow.random import check_seed, child_seed, generator
 
 BLOCK = 50  # updates whose windows and noises are drawn together; part of what a seed means
@@ -127,13 +127,11 @@ class Critic:
 
     Attributes:
         stack: S * M networks.
-        norm: where its layer norms stand.
-        constant: what is appended to every input, for example a flow time of 1.
+        constants: what its last inputs are for that use, for example a flow time of 1.
     """
 
     stack: StackedMLP
-    norm: Norm
-    constant: tuple[float, ...] = ()
+    constants: tuple[float, ...] = ()
 
 
 class OfflineLearner(ABC, Generic[Config, Batch]):
@@ -208,10 +206,10 @@ class OfflineLearner(ABC, Generic[Config, Batch]):
         """Draw the windows of the updates up to the next multiple of `BLOCK`, and what is random in their losses.
 
         Args:
-            draw_starts: (count, generator) -> (count,) starts of windows.
+            draw_starts: (count, generator) -> (count, ...) what a window is known by, its start for example.
 
         Returns:
-            (U, S, B) starts, U the updates that remain in this block.
+            (U, S, B, ...) of these, U the updates that remain in this block.
         """
         first = self.step % BLOCK
         if first == 0 or self._block is None:
@@ -219,7 +217,7 @@ class OfflineLearner(ABC, Generic[Config, Batch]):
             size = self.config.batch_size
             starts, draws = [], []
             for rng in self._rngs:
-                starts.append(draw_starts(BLOCK * size, rng).view(BLOCK, size))
+                starts.append(draw_starts(BLOCK * size, rng).unflatten(0, (BLOCK, size)))
                 draws.append(self.draw(rng, BLOCK))
             self._block = torch.stack(starts, 1), _stacked(draws)
         return self._block[0][first:]

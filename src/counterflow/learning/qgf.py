@@ -62,10 +62,14 @@ class FlowDraws:
 
 
 def policy_loss(policy: StackedMLP, batch: Chunks, draws: FlowDraws) -> Tensor:
-    """Return the flow-matching loss of every seed (S,), its time embedded by sines and cosines."""
+    """Return the flow-matching loss of every seed (S,), its time embedded by sines and cosines.
+
+    With goals the policy has its own: a critic learns from goals that are never reached, a policy can't.
+    """
     chunks, t = batch.actions.flatten(-2), draws.t[..., None]
+    observations = batch.observations if batch.policy_observations is None else batch.policy_observations
     x_t = (1 - t) * draws.noise + t * chunks
-    inputs = torch.cat([batch.observations, x_t, sinusoidal(draws.t)], dim=-1)
+    inputs = torch.cat([observations, x_t, sinusoidal(draws.t)], dim=-1)
     velocity: Tensor = policy(inputs).float()
     return (velocity - (chunks - draws.noise)).square().mean((1, 2))
 
@@ -118,4 +122,4 @@ class QGFLearner(OfflineLearner[QGFConfig, Chunks]):
 
     def critic(self) -> Critic:
         """Return the target critics."""
-        return Critic(self.parts.target_critic, "before")
+        return Critic(self.parts.target_critic)

@@ -205,4 +205,4 @@ class RQLLearner(OfflineLearner[RQLConfig, Windows]):
 
     def critic(self) -> Critic:
         """Return the target value of complete chunks (f = 1)."""
-        return Critic(self.parts.target_value, "after", (1.0,))
+        return Critic(self.parts.target_value, (1.0,))

@@ -131,6 +131,25 @@ class StackedMLP(nn.Module):
         part.load_state_dict({name: value[first : first + count] for name, value in self.state_dict().items()})
         return part.requires_grad_(False)
 
+    def folded(self, constants: Sequence[float]) -> StackedMLP:
+        """Return a copy, without gradients, whose last inputs are fixed: what they contribute has become part of the bias."""
+        count = len(constants)
+        network = StackedMLP(
+            self.inputs - count,
+            self.outputs,
+            self.count,
+            self.hidden,
+            norm=self.norm,
+            norm_last=len(self.scales) == len(self.hidden) or self.norm == "none",
+        )
+        state = {name: value.detach().clone() for name, value in self.state_dict().items()}
+        weight = state["weights.0"]
+        fixed = torch.tensor(list(constants), dtype=weight.dtype, device=weight.device)
+        state["biases.0"] += torch.einsum("i,nio->no", fixed, weight[:, self.inputs - count :])[:, None]
+        state["weights.0"] = weight[:, : self.inputs - count].contiguous()
+        network.load_state_dict(state)
+        return network.to(weight.device).requires_grad_(False)
+
 
 def _layer_norm(hidden: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     normed = functional.layer_norm(hidden, hidden.shape[-1:], eps=EPSILON)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from counterflow.errors import UnknownNameError
+from counterflow.errors import MismatchError, UnknownNameError
 from counterflow.policies import BasePolicy
 from counterflow.steering.edit import ExecuteReference, NearestToReference
 from counterflow.steering.start import FlowReversal, Padding, PartialNoising
@@ -43,8 +43,16 @@ def steer(base: BasePolicy, method: str, settings: MethodSettings | None = None)
     Raises:
         UnknownNameError: no such method.
         InvalidInputError: a setting is out of range.
+        MismatchError: the policy has no flow to steer (`FlowPolicy.has_flow`).
     """
     settings = MethodSettings() if settings is None else settings
+    if not getattr(base, "has_flow", True):
+        if method != "base":
+            raise MismatchError(
+                f"{method!r} was asked of a policy that makes its chunk in a single step; there is no flow on which it could be "
+                "steered. Use 'base', or a policy that denoises."
+            )
+        return SteeredPolicy(base, steps=1)
     if method == "base":
         return SteeredPolicy(base, steps=settings.steps)
     if method == "direct":
