@@ -45,9 +45,7 @@ Method = Literal["exact", "euler", "regularised"]
 FORMAT = "counterflow/inverted-episodes"
 FORMAT_VERSION = 1
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
-# Regularised noises come down to their penalty from ten times as much, a third of the updates each: neighbouring chunks then end
-# in neighbouring noises. (Multiple of the penalty, Adam's rate.)
-LADDER = ((10.0, 0.1), (3.0, 0.05), (1.0, 0.05))
+REGULARISED_RATE = 0.1
 LARGEST_BEGINNING = 5.0  # beyond it no noise is the prior's
 
 
@@ -60,8 +58,7 @@ class InversionSettings:
         method: "exact" inverts the discrete Euler map; "euler" is Euler reversal; "regularised" searches the noise w that
             minimises ||denoise(w) - chunk||^2 + penalty ||w||^2, and misses the chunk a little (see
             `InversionSettings.of`).
-        iterations: Adam updates that refine the noises of chunks beyond the tolerance, 0: none; "regularised" refines all, coming
-            down to the penalty in three stages.
+        iterations: Adam updates that refine the noises of chunks beyond the tolerance, 0: none; "regularised" refines all.
         penalty: what a squared unit of noise may cost in squared error while refining.
         tolerance: largest reconstruction error of an entry, normalised units, of a noise that may be learned from.
         batch_size: chunks at a time.
@@ -80,8 +77,8 @@ class InversionSettings:
 
     @classmethod
     def of(cls, method: Method, steps: int = 5, **given: Any) -> InversionSettings:
-        """Return settings that suit a method: for "regularised" 75 updates, penalty 0.001, tolerance 0.5, unless `given`."""
-        own = {"iterations": 75, "penalty": 0.001, "tolerance": 0.5} if method == "regularised" else {}
+        """Return settings that suit a method: for "regularised" 30 updates, penalty 0.001, tolerance 0.5, unless `given`."""
+        own = {"iterations": 30, "penalty": 0.001, "tolerance": 0.5} if method == "regularised" else {}
         return cls(steps, method, **{**own, **given})
 
     def __post_init__(self) -> None:
@@ -136,11 +133,11 @@ def invert_chunks(
 def invert_field(field: Field, chunks: Tensor, settings: InversionSettings) -> tuple[Tensor, Tensor]:
     """Return noises and reconstruction errors of chunks (B, H, A), normalised, under a policy's field for B observations."""
     if settings.method == "regularised":
-        noise: Tensor = torch.nan_to_num(reverse(field, chunks, settings.steps))
-        noise = noise.clamp(-LARGEST_BEGINNING, LARGEST_BEGINNING)
-        updates = -(-settings.iterations // len(LADDER))
-        for multiple, rate in LADDER:
-            noise = refine(field, chunks, settings.steps, noise, updates, rate, multiple * settings.penalty)
+        beginning = torch.nan_to_num(reverse(field, chunks, settings.steps))
+        beginning = beginning.clamp(-LARGEST_BEGINNING, LARGEST_BEGINNING)
+        noise: Tensor = refine(
+            field, chunks, settings.steps, beginning, settings.iterations, REGULARISED_RATE, settings.penalty
+        )
         return noise, _errors(field, noise, chunks, settings.steps)
     find = invert if settings.method == "exact" else reverse
     noise = find(field, chunks, settings.steps)
