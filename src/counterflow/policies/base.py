@@ -124,6 +124,15 @@ class ActionSpec:
         actions = actions[..., : self.dim] if self.padding else actions
         return actions if self.normaliser is None else self.normaliser.denormalise(actions)
 
+    def limit_normalised(self, actions: Tensor) -> Tensor:
+        """Clip actions (..., A), normalised, to the limits in these units; the gradient passes where nothing is clipped."""
+        low = (-torch.inf,) * self.dim if self.low is None else self.low
+        high = (torch.inf,) * self.dim if self.high is None else self.high
+        limits = torch.tensor([low, high], dtype=actions.dtype, device=actions.device)
+        if self.normaliser is not None:
+            limits = self.normaliser.normalise(limits)
+        return actions.clamp(limits[0], limits[1])
+
     def limit(self, actions: Tensor) -> Tensor:
         """Clip actions (..., A), environment units, to the limits."""
         if self.low is not None:

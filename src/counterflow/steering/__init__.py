@@ -1,9 +1,12 @@
 """Steering: a frozen policy with a hand on the wheel at up to three places."""
 
+from counterflow.steering.aggregation import Aggregation, aggregate
 from counterflow.steering.context import Reference, SteeringContext
 from counterflow.steering.continuation import Continuation, ContinueChunk, continuation_weights
-from counterflow.steering.edit import Chain, Edit, ExecuteReference, Limits, NearestToReference
-from counterflow.steering.guidance import FollowReference, Guidance, Together
+from counterflow.steering.critic import ChunkCritic, CriticBinding, CriticConfig
+from counterflow.steering.edit import Chain, Edit, ExecuteReference, HighestValue, Limits, NearestToReference
+from counterflow.steering.guidance import CriticGuidance, FollowReference, Guidance, Together
+from counterflow.steering.guided import Chosen, GuidanceSettings, choose_weight, guide
 from counterflow.steering.learned import (
     ChunkRegressor,
     ExecuteLearned,
@@ -17,10 +20,16 @@ from counterflow.steering.start import FlowReversal, Gaussian, PartialNoising, R
 from counterflow.steering.steered import Plan, SteeredPolicy, features_of
 
 __all__ = [
+    "Aggregation",
     "Chain",
+    "Chosen",
+    "ChunkCritic",
     "ChunkRegressor",
     "Continuation",
     "ContinueChunk",
+    "CriticBinding",
+    "CriticConfig",
+    "CriticGuidance",
     "Edit",
     "ExecuteLearned",
     "ExecuteReference",
@@ -28,6 +37,8 @@ __all__ = [
     "FollowReference",
     "Gaussian",
     "Guidance",
+    "GuidanceSettings",
+    "HighestValue",
     "LearnedNoise",
     "Limits",
     "MethodName",
@@ -42,9 +53,12 @@ __all__ = [
     "SteeredPolicy",
     "SteeringContext",
     "Together",
+    "aggregate",
     "binding_of",
+    "choose_weight",
     "continuation_weights",
     "features_of",
+    "guide",
     "steer",
     "steer_learned",
 ]

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from counterflow.errors import InvalidInputError
+from counterflow.policies import BasePolicy
+from counterflow.steering.aggregation import Aggregation, check_aggregation
 from counterflow.steering.context import SteeringContext
+
+if TYPE_CHECKING:  # a critic knows steered policies, and these know edits
+    from counterflow.steering.critic import ChunkCritic
 
 
 class Edit(Protocol):
@@ -96,6 +101,51 @@ class NearestToReference:
         else:
             nearness = -(candidates - reference).square().sum(-1)
         best = nearness.argmax(dim=1)  # ties, as where nobody speaks, go to the first
+        return chunks.gather(1, best[:, None, None, None].expand(-1, 1, *chunks.shape[2:]))
+
+
+@dataclass(frozen=True, eq=False)
+class HighestValue:
+    """Best of N: of n candidates keep the one that a critic gives the highest value (IFQL; on top of QGF, arXiv 2606.11087).
+
+    Attributes:
+        critic: Q.
+        policy: the policy whose candidates they are: what is judged is clipped to its limits, as it would be executed, and its
+            features are what the critic may look at.
+        candidates: n.
+        aggregation: of the ensemble's values, see `aggregate`.
+        rho: of "lower_confidence".
+        task: (E,) the task embedding of a critic that was made with one.
+
+    Raises:
+        UnknownNameError: no such aggregation.
+        InvalidInputError: a number is out of range.
+        MismatchError: the critic was made for other chunks.
+    """
+
+    critic: ChunkCritic
+    policy: BasePolicy
+    candidates: int = 8
+    aggregation: Aggregation = "min"
+    rho: float = 1.0
+    task: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check the settings, and that critic and policy belong together."""
+        if not (isinstance(self.candidates, int) and 1 <= self.candidates <= 4096):
+            raise InvalidInputError(f"best-of-N n is {self.candidates!r}; expected an integer from 1 to 4096.")
+        check_aggregation(self.aggregation, self.rho)
+        self.critic.binding.check(self.policy)
+        self.critic.check_task(self.task)
+
+    def __call__(self, chunks: Tensor, context: SteeringContext) -> Tensor:
+        """Keep the best candidate of each row; a value that is no number is the worst."""
+        count = chunks.shape[1]
+        judged = self.critic.judged(chunks).flatten(0, 1)
+        inputs = self.critic.inputs_of(self.policy, context).repeat_interleave(count, 0)
+        executed = self.policy.action_spec.limit_normalised(judged)
+        values = self.critic.value(inputs, executed, self.aggregation, self.rho, self.task).unflatten(0, (-1, count))
+        best = torch.where(values.isnan(), -torch.inf, values).argmax(dim=1)
         return chunks.gather(1, best[:, None, None, None].expand(-1, 1, *chunks.shape[2:]))
 
 

@@ -30,10 +30,9 @@ from counterflow.policies.ensemble import EnsembleMLP
 from counterflow.random import draw_normal, draw_prior
 from counterflow.steering.context import SteeringContext
 from counterflow.steering.start import Rng
-from counterflow.steering.steered import SteeredPolicy, features_of, frozen
+from counterflow.steering.steered import Inputs, SteeredPolicy, frozen, inputs_of
 
 Target = Literal["noise", "action"]
-Inputs = Literal["features", "observation"]
 
 FORMAT = Format("counterflow/chunk-regressor", 1, "Noise policies are made by 'counterflow distill'.")
 LARGEST_INPUT = 10.0  # standard deviations; what is further off than this looks the same to the network
@@ -136,15 +135,7 @@ class ChunkRegressor(nn.Module):
 
     def inputs_of(self, policy: BasePolicy, context: SteeringContext) -> Tensor:
         """Return what this network looks at, (B, F), from a steering context."""
-        if self.config.inputs == "features":
-            return features_of(policy, context)
-        observation = context.observation
-        if observation is None or isinstance(observation, dict):
-            raise MismatchError(
-                "this network looks at observations, and none, or several kinds, are here. Train it on features instead."
-            )
-        seen = torch.as_tensor(observation)
-        return seen.reshape(len(seen), -1)
+        return inputs_of(policy, context, self.config.inputs)
 
     def description(self) -> dict[str, Any]:
         """Return everything but the numbers, as plain values."""

@@ -11,7 +11,7 @@ left at None means "as the base does".
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,9 @@ from counterflow.steering.continuation import Continuation
 from counterflow.steering.edit import Edit
 from counterflow.steering.guidance import Guidance
 from counterflow.steering.start import Gaussian, Rng, Start
+
+Inputs = Literal["features", "observation"]
+"""What a small network beside the frozen policy looks at: the policy's own features, or the observation."""
 
 MAX_STEPS = 1000
 
@@ -273,6 +276,23 @@ def features_of(policy: BasePolicy, context: SteeringContext) -> Tensor:
         )
     features: Tensor = own.features(inner)
     return features
+
+
+def inputs_of(policy: BasePolicy, context: SteeringContext, kind: Inputs) -> Tensor:
+    """Return what a small network beside the frozen policy looks at, (B, F), from a steering context.
+
+    Raises:
+        MismatchError: the policy offers no features, or there is no observation of numbers.
+    """
+    if kind == "features":
+        return features_of(policy, context)
+    observation = context.observation
+    if observation is None or isinstance(observation, dict):
+        raise MismatchError(
+            "this network looks at observations, and none, or several kinds, are here. Train it on features instead."
+        )
+    seen = torch.as_tensor(observation)
+    return seen.reshape(len(seen), -1)
 
 
 def check_steps(steps: int) -> int:

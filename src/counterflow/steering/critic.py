@@ -1,0 +1,302 @@
+"""Critics: an ensemble Q(s, chunk) that judges a policy's chunks, whatever the policy is made of.
+
+A `ChunkCritic` was trained by somebody else (offline reinforcement learning; a frozen policy's own successes and failures). Here
+it is only asked: `CriticGuidance` follows its gradient while the policy denoises (QGF, arXiv 2606.11087; on a frozen VLA's
+features GAF, arXiv 2607.02092), `HighestValue` keeps the best of several chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from counterflow.errors import CheckpointError, CounterflowError, InvalidInputError, MismatchError, UnknownNameError
+from counterflow.policies import BasePolicy, Normaliser, as_device
+from counterflow.policies.described import (
+    Format,
+    check_unchanged,
+    fingerprint,
+    read_described,
+    save_described,
+    weights_path,
+)
+from counterflow.policies.stacked import Norm, StackedMLP
+from counterflow.steering.aggregation import Aggregation, aggregate
+from counterflow.steering.context import SteeringContext
+from counterflow.steering.steered import Inputs, frozen, inputs_of
+
+FORMAT = Format(
+    "counterflow/chunk-critic", 1, "Critics are made by 'counterflow critic', and by offline reinforcement learning."
+)
+LARGEST_INPUT = 10.0  # standard deviations; what is further off than this looks the same to the network
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """A critic's architecture, and what it looks at beside the chunk.
+
+    Attributes:
+        inputs: "features" (the frozen policy's own, see `features_of`) or "observation".
+        members: M, networks in the ensemble.
+        width: neurons of a hidden layer.
+        depth: hidden layers.
+        norm: where layer norms stand, see `StackedMLP`: "before" the activation (QGF's), "after" it (RQL's, FQL's) or "none".
+        task_dim: E, size of a task embedding that it is conditioned on; 0: none.
+
+    Raises:
+        UnknownNameError: no such kind of input, or norm.
+        InvalidInputError: a number is out of range.
+    """
+
+    inputs: Inputs = "features"
+    members: int = 2
+    width: int = 512
+    depth: int = 4
+    norm: Norm = "before"
+    task_dim: int = 0
+
+    def __post_init__(self) -> None:
+        """Check names and numbers."""
+        for name, known in (("inputs", get_args(Inputs)), ("norm", get_args(Norm))):
+            if getattr(self, name) not in known:
+                raise UnknownNameError(name, str(getattr(self, name)), known)
+        for name, least in (("members", 1), ("width", 1), ("depth", 1), ("task_dim", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InvalidInputError(f"{name} is {value!r}; expected an integer of at least {least}.")
+
+
+@dataclass(frozen=True)
+class CriticBinding:
+    """Whose chunks a critic judges, and which part of them.
+
+    Attributes:
+        policy: fingerprint of the frozen policy, whose units (and features) the critic knows; "": any policy that acts in the
+            environment's own units.
+        family: the environments that share observations and actions; "": unknown.
+        horizon: h, rows that it judges: those that are executed.
+        dim: A, without padding.
+        past: rows of the chunk before those.
+
+    Raises:
+        InvalidInputError: a number is out of range.
+    """
+
+    policy: str
+    family: str
+    horizon: int
+    dim: int
+    past: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name, least in (("horizon", 1), ("dim", 1), ("past", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InvalidInputError(f"a critic's {name} is {value!r}; expected an integer of at least {least}.")
+
+    def check(self, policy: BasePolicy) -> None:
+        """Check that these are the chunks of `policy`, steered or not.
+
+        Raises:
+            MismatchError: they are not.
+        """
+        inner, spec = frozen(policy), policy.action_spec
+        differing = []
+        name = str(getattr(inner, "fingerprint", type(inner).__name__))
+        family = str(getattr(inner, "family", ""))
+        if self.policy and name != self.policy:
+            differing.append(f"policy {self.policy!r}, not {name!r}")
+        elif not self.policy and spec.normaliser is not None and spec.normaliser.kind != "none":
+            differing.append(f"actions in the environment's units, not normalised by {spec.normaliser.kind!r}")
+        if self.family and family and family != self.family:
+            differing.append(f"family {self.family!r}, not {family!r}")
+        rows = {spec.horizon - spec.past, spec.executed}
+        if self.past != spec.past or self.horizon not in rows or self.dim != spec.dim:
+            executed = " or ".join(str(count) for count in sorted(rows - {None}, key=int, reverse=True))
+            differing.append(
+                f"rows {self.past} to {self.past + self.horizon} of {self.dim} numbers, not {executed} rows from row "
+                f"{spec.past} on of {spec.dim}"
+            )
+        if differing:
+            raise MismatchError(
+                f"the critic was made for other chunks: {'; '.join(differing)}. Its values would mean nothing. Use the policy "
+                "that it was made for, or train one on rollouts of this policy ('counterflow record --steer base', then "
+                "'counterflow critic')."
+            )
+
+
+class ChunkCritic(nn.Module):
+    """An ensemble Q_m(s, chunk): what the policy sees, with a flattened chunk (and a task embedding), to a value.
+
+    Args:
+        config: architecture and inputs.
+        binding: whose chunks it judges.
+        input_normaliser: of the inputs (F entries); of kind "none", nothing is done to them.
+        network: a trained one, (M, B, F + h A + E) to (M, B, 1); None: begin anew with the architecture of `config`.
+
+    Raises:
+        InvalidInputError: the network is not the one that `config` and the sizes describe.
+    """
+
+    def __init__(
+        self,
+        config: CriticConfig,
+        binding: CriticBinding,
+        input_normaliser: Normaliser,
+        network: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        size = input_normaliser.dim + binding.horizon * binding.dim + config.task_dim
+        if network is None:
+            network = StackedMLP(size, 1, config.members, config.width, config.depth, config.norm)
+        elif isinstance(network, StackedMLP):
+            norms = 0 if config.norm == "none" else config.depth
+            wanted = (size, 1, config.members, config.width, config.depth, config.norm, norms)
+            given = (network.inputs, network.outputs, network.count, network.width, network.depth, network.norm)
+            if (*given, len(network.scales)) != wanted:
+                raise InvalidInputError(
+                    "a critic's network has (inputs, outputs, count, width, depth, norm, norms) "
+                    f"{(*given, len(network.scales))}; expected {wanted} for {config} and chunks of {binding.horizon} x "
+                    f"{binding.dim} beside {input_normaliser.dim} inputs."
+                )
+        self.config, self.binding, self.input_normaliser = config, binding, input_normaliser
+        self.network = network
+        # What else was recorded about its making (data, seed, losses); travels with the checkpoint.
+        self.provenance: dict[str, Any] = {}
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the type and on the device that it computes with."""
+        return next(self.network.parameters(), self.input_normaliser.offset)
+
+    def prepare(self, inputs: Tensor) -> Tensor:
+        """Normalise inputs (..., F)."""
+        if self.input_normaliser.kind == "none":
+            return inputs
+        return self.input_normaliser.normalise(inputs).clamp(-LARGEST_INPUT, LARGEST_INPUT)
+
+    def values(self, inputs: Tensor, chunks: Tensor, task: Tensor | None = None) -> Tensor:
+        """Return what every member says, (M, B).
+
+        Args:
+            inputs: (B, F) what the policy saw, as `inputs_of` returns it.
+            chunks: (B, h, A) normalised, without padding and past, as `judged` returns them; gradients reach them.
+            task: (E,) or (B, E) the task's embedding, if it was made with one.
+
+        Raises:
+            MismatchError: the critic was made for other sizes.
+        """
+        size = (self.binding.horizon, self.binding.dim)
+        if inputs.ndim != 2 or inputs.shape[1] != self.input_normaliser.dim:
+            raise MismatchError(
+                f"the {self.config.inputs} have shape {tuple(inputs.shape)}; the critic was made for "
+                f"(B, {self.input_normaliser.dim}). Use it with the policy and environment that it was made for."
+            )
+        if chunks.shape != (len(inputs), *size):
+            raise MismatchError(
+                f"the chunks have shape {tuple(chunks.shape)}; the critic was made for {(len(inputs), *size)}. Use it with the "
+                "policy that it was made for, and leave out padding and past."
+            )
+        self.check_task(task)
+        like = self.like
+        parts = [self.prepare(inputs.to(like)), chunks.flatten(1).to(like)]
+        if task is not None:
+            parts.append(task.to(like).expand(len(inputs), -1))
+        values: Tensor = self.network(torch.cat(parts, -1).expand(self.config.members, -1, -1))
+        return values.squeeze(-1)
+
+    def value(
+        self,
+        inputs: Tensor,
+        chunks: Tensor,
+        how: Aggregation = "min",
+        rho: float = 1.0,
+        task: Tensor | None = None,
+    ) -> Tensor:
+        """Return the ensemble's value (B,), as `aggregate` makes it of the `values`."""
+        return aggregate(self.values(inputs, chunks, task), how, rho)
+
+    def judged(self, chunks: Tensor) -> Tensor:
+        """Return the part (..., h, A) of the flow's states (..., H, A + padding) that it judges."""
+        past = self.binding.past
+        return chunks[..., past : past + self.binding.horizon, : self.binding.dim]
+
+    def inputs_of(self, policy: BasePolicy, context: SteeringContext) -> Tensor:
+        """Return what it looks at, (B, F), from a steering context; without gradients."""
+        with torch.no_grad():
+            return inputs_of(policy, context, self.config.inputs)
+
+    def check_task(self, task: Tensor | None) -> None:
+        """Raise `MismatchError` unless `task` is the embedding that it was made with, or None where it was made without."""
+        size = 0 if task is None else task.shape[-1]
+        if size != self.config.task_dim:
+            raise MismatchError(
+                f"a task embedding of {size} numbers was given; the critic was made for {self.config.task_dim} (0: none)."
+            )
+
+    def description(self) -> dict[str, Any]:
+        """Return everything but the numbers, as plain values."""
+        return {
+            "critic": asdict(self.config),
+            "binding": asdict(self.binding),
+            "input": {"dim": self.input_normaliser.dim, "normalisation": self.input_normaliser.kind},
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every number, by name, on the CPU."""
+        return {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """A short name for exactly this critic."""
+        return fingerprint(self.description(), self.tensors())
+
+    def save(self, path: Path | str) -> Path:
+        """Write it to `path` (ending in ".safetensors", or without an ending), whole or not at all.
+
+        Raises:
+            InvalidInputError: its network is none of this library's, so nobody could load it.
+            StorageError: writing failed; what stood there before is untouched.
+        """
+        if not isinstance(self.network, StackedMLP):
+            raise InvalidInputError(
+                f"a critic with a {type(self.network).__name__} can't be written; expected a StackedMLP. Keep yours in a file "
+                "of its own and build the critic around it."
+            )
+        return save_described(path, FORMAT, self.description(), self.provenance, self.tensors())
+
+    @classmethod
+    def load(cls, path: Path | str, device: torch.device | str = "cpu") -> ChunkCritic:
+        """Load what `save` wrote, without gradients.
+
+        Raises:
+            CheckpointError: the file is missing, truncated, damaged, foreign, or written by a newer version.
+            InvalidInputError: the device can't be used here.
+        """
+        device, path = as_device(device), Path(path)
+        path = path.with_suffix(".safetensors") if path.suffix == ".json" else weights_path(path)
+        content, tensors = read_described(path, FORMAT)
+        try:
+            critic = cls(
+                CriticConfig(**content["critic"]),
+                CriticBinding(**content["binding"]),
+                Normaliser(
+                    tensors["input_normaliser.offset"],
+                    tensors["input_normaliser.scale"],
+                    content["input"]["normalisation"],
+                ),
+            ).to(next(tensor for name, tensor in tensors.items() if name.startswith("network.")).dtype)
+            critic.load_state_dict(tensors)
+            critic.provenance = content["provenance"]
+        except (KeyError, TypeError, RuntimeError, StopIteration, CounterflowError) as error:
+            raise CheckpointError(
+                f"{path} does not hold the critic that it describes: {error}. It was changed or damaged; fetch or train it "
+                "again."
+            ) from error
+        check_unchanged(path, content, critic.description(), critic.tensors())
+        return critic.to(device).requires_grad_(False).eval()
