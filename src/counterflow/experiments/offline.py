@@ -173,7 +173,7 @@ def train_offline(
     data, device, spec = Path(data), as_device(device), describe(env)
     if spec.goal_dim and LEARNERS[algorithm].batch_kind != "chunks":
         raise MismatchError(
-            f"{algorithm} learns from windows of rewards, and {spec.name} has goals, drawn in hindsight. Use qgf, fql or ifql there."
+            f"{algorithm} learns from windows of rewards, and {spec.name} has goals, drawn in hindsight. Use qgf, fql or ifql."
         )
     content = {
         "algorithm": algorithm,

@@ -1,6 +1,6 @@
 """Settings of the offline algorithms by environment: the official ones ("paper"), and ones for two cores ("small").
 
-Sources: RQL, aoberai/rql (hyperparameters.sh); FQL and IFQL, seohongpark/fql (README); QGF, zhouzypaul/qgf (README, agents/qgf.py).
+Sources: RQL, aoberai/rql (hyperparameters.sh); FQL and IFQL, seohongpark/fql (README); QGF, zhouzypaul/qgf (README and defaults).
 """
 
 from __future__ import annotations
