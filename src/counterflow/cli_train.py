@@ -9,10 +9,11 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from counterflow.experiments.critic import train_critic
 from counterflow.experiments.distill import Windows, distill
 from counterflow.experiments.progress import progress_bar
 from counterflow.experiments.train import Progress, read_bc_settings, train_bc
-from counterflow.learning import BCConfig, DSBCConfig
+from counterflow.learning import BCConfig, ChunkCriticConfig, DSBCConfig
 from counterflow.learning.dsbc import Progress as DistillationProgress
 from counterflow.policies.described import weights_path
 
@@ -102,6 +103,50 @@ class Distill:
             f"{made['examples']:,} examples of {made['episodes']} episodes, {made['updates']} updates\n"
             f"  {weights_path(self.out)}\n"
             f"next: counterflow eval {self.env or 'TASK'} --steer {steer} --noise-policy {weights_path(self.out)}",
+            soft_wrap=True,  # a command to copy stays in one line
+        )
+
+
+@dataclass(frozen=True)
+class Critic:
+    """Train a critic of a frozen policy on its own recorded successes and failures, to guide it with (GAF)."""
+
+    data: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of 'counterflow record', all of one policy, however it was steered."""
+    out: Path
+    """Where to write the critic (.safetensors, and .json beside it)."""
+    env: str | None = None
+    """Use this task's episodes alone; default: all."""
+    seed: int = 0
+    """What weights, held-out episodes and draws descend from."""
+    device: str = "cpu"
+    """Where to train."""
+    config: Annotated[ChunkCriticConfig, tyro.conf.arg(name="")] = field(default_factory=ChunkCriticConfig)
+    """Settings of the learning."""
+
+    def run(self, console: Console) -> None:
+        """Train, with progress."""
+        with progress_bar(console, "training a critic", self.config.steps, "updates") as update:
+
+            def show(progress: DistillationProgress) -> None:
+                update(progress.step, f"loss {progress.loss:.4f}, held-out {progress.held_out_loss:.4f}")
+
+            critic = train_critic(
+                self.data, self.out, self.config, env=self.env, seed=self.seed, device=self.device, on_progress=show
+            )
+        made = critic.provenance
+        console.print(
+            f"{made['decisions']:,} decisions of {made['episodes']} episodes, {made['successes']} of them successes, "
+            f"{made['updates']} updates"
+        )
+        if made["held_out_error"] is not None:
+            auc = "" if made["auc"] is None else f"; success told from failure (AUC) {made['auc']:.2f}"
+            console.print(
+                f"held-out error {made['held_out_error']:.4f}, a constant's {made['constant_error']:.4f}{auc}"
+            )
+        console.print(
+            f"  {weights_path(self.out)}\n"
+            f"next: counterflow eval {self.env or 'TASK'} --steer qgf --critic {weights_path(self.out)}",
             soft_wrap=True,  # a command to copy stays in one line
         )
 
