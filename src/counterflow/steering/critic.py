@@ -115,9 +115,9 @@ class CriticBinding:
             differing.append(f"actions in the environment's units, not normalised by {spec.normaliser.kind!r}")
         if self.family and family and family != self.family:
             differing.append(f"family {self.family!r}, not {family!r}")
-        rows = {spec.horizon - spec.past, spec.executed}
+        rows = {spec.horizon - spec.past, spec.executed or spec.horizon - spec.past}
         if self.past != spec.past or self.horizon not in rows or self.dim != spec.dim:
-            executed = " or ".join(str(count) for count in sorted(rows - {None}, key=int, reverse=True))
+            executed = " or ".join(str(count) for count in sorted(rows, reverse=True))
             differing.append(
                 f"rows {self.past} to {self.past + self.horizon} of {self.dim} numbers, not {executed} rows from row "
                 f"{spec.past} on of {spec.dim}"
