@@ -5,7 +5,6 @@
 prints a line of json: milliseconds of every block of updates, after the compilation.
 """
 
-# ruff: noqa: E402
 import json
 import sys
 import time
@@ -24,9 +23,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     config = get_config()
     config.update({"h": HORIZON, "alpha": 10.0, "expectile": 0.9, "rho": 0.5, "batch_size": BATCH})
-    agent = RQLAgent.create(
-        0, np.zeros((1, OBSERVATION), np.float32), np.zeros((1, ACTION), np.float32), config
-    )
+    agent = RQLAgent.create(0, np.zeros((1, OBSERVATION), np.float32), np.zeros((1, ACTION), np.float32), config)
     shape = (HORIZON + 1, BATCH)
     batch = {
         "observations": rng.normal(size=(*shape, OBSERVATION)).astype(np.float32),

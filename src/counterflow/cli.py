@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from counterflow import cli_dataset, cli_lerobot
 from counterflow.cli_demonstrate import Demonstrate
-from counterflow.cli_options import LearnedName, Steering, SteerName
+from counterflow.cli_options import GuidedName, Guiding, LearnedName, Steering, SteerName
 from counterflow.cli_serve import Serve
 from counterflow.errors import CounterflowError, InvalidInputError
 
@@ -103,9 +103,10 @@ class Eval:
 
     env: tyro.conf.Positional[str]
     """The task, for example ogbench/cube-single-task1."""
-    steer: SteerName | LearnedName = "frs"
+    steer: SteerName | LearnedName | GuidedName = "frs"
     """base: the policy alone; direct: the reference itself; frs: flow reversal steering; partial: partial noising; rank:
-    sample-and-rank; dsbc, bc: what 'counterflow distill' learned, see --noise-policy."""
+    sample-and-rank; dsbc, bc: what 'counterflow distill' learned, see --noise-policy; qgf: guided by a critic's gradient, see
+    --critic, which guides frs, dsbc and others, too."""
     episodes: int = 50
     """How many episodes."""
     seed: int = 0
@@ -122,6 +123,7 @@ class Eval:
     """Where the policy computes."""
     steering: Annotated[Steering, tyro.conf.arg(name="")] = field(default_factory=Steering)
     reasoning: Annotated[Reasoning, tyro.conf.arg(name="")] = field(default_factory=Reasoning)
+    guiding: Annotated[Guiding, tyro.conf.arg(name="")] = field(default_factory=Guiding)
 
     def run(self, console: Console) -> None:
         """Evaluate, with progress, and print the rate."""
@@ -134,6 +136,7 @@ class Eval:
         learned = None if self.noise_policy is None else ChunkRegressor.load(self.noise_policy, self.device)
         if learned is not None and self.steer not in ("dsbc", "bc"):
             raise InvalidInputError(f"--noise-policy is of no use to --steer {self.steer}; did you mean --steer dsbc?")
+        critic = self.guiding.load(self.policy, self.device, needed=self.steer == "qgf")
         with (
             open_env(self.env, self.episodes, num_envs=self.num_envs) as env,
             progress_bar(console, f"{self.env} {self.steer}", self.episodes, "episodes") as update,
@@ -147,6 +150,8 @@ class Eval:
                 settings=self.steering.settings(),
                 reasoner=self.reasoning.settings(),
                 learned=learned,
+                critic=critic,
+                guidance=self.guiding.settings(),
                 on_episode=_Count(update),
             )
         _say(console, result)
@@ -167,6 +172,8 @@ class Record:
     """How the policy is steered, as in 'counterflow eval'."""
     successes: int = 18
     """How many successful episodes there should be; failed ones are kept, too, and left out when distilling."""
+    episodes: int | None = None
+    """Record so many episodes instead, whatever comes of them, as 'counterflow critic' wants them."""
     seed: int = 0
     """What every episode descends from."""
     max_episodes: int | None = None
@@ -190,19 +197,24 @@ class Record:
         from counterflow.experiments.progress import progress_bar
         from counterflow.experiments.record import record
 
-        with progress_bar(console, f"recording {self.env} {self.steer}", self.successes, "successes") as update:
+        total, unit = (self.successes, "successes") if self.episodes is None else (self.episodes, "episodes")
+        with progress_bar(console, f"recording {self.env} {self.steer}", total, unit) as update:
             episodes = 0
 
             def show(_: Episode, successes: int) -> None:
                 nonlocal episodes
                 episodes += 1
-                update(min(successes, self.successes), f"{episodes} episodes now")
+                if self.episodes is None:
+                    update(min(successes, self.successes), f"{episodes} episodes now")
+                else:
+                    update(episodes, f"{successes} succeeded")
 
             recorded = record(
                 self.env,
                 self.steer,
                 self.out,
                 successes=self.successes,
+                episodes=self.episodes,
                 seed=self.seed,
                 settings=self.steering.settings(),
                 reasoner=self.reasoning.settings(),
@@ -214,9 +226,10 @@ class Record:
                 device=self.device,
                 on_episode=show,
             )
+        command, made = ("distill", "noise-policy") if self.episodes is None else ("critic", "critic")
         console.print(
             f"{recorded.successes} of {recorded.episodes} episodes succeeded ({recorded.made} made now):\n  {recorded.path}\n"
-            f"next: counterflow distill {recorded.path} --env {self.env} --out noise-policy",
+            f"next: counterflow {command} {recorded.path} --env {self.env} --out {made}",
             soft_wrap=True,  # a command to copy stays in one line
         )
 
@@ -288,6 +301,11 @@ class LeRobot:
 @dataclass(frozen=True)
 class Distill:
     """Distil recorded successes or inverted demonstrations into a noise policy: see 'counterflow distill --help'."""
+
+
+@dataclass(frozen=True)
+class Critic:
+    """Train a critic on recorded successes and failures, to guide the policy with: see 'counterflow critic --help'."""
 
 
 @dataclass(frozen=True)
@@ -534,6 +552,7 @@ Command = (
     | Annotated[Dataset, tyro.conf.subcommand("dataset")]
     | Annotated[LeRobot, tyro.conf.subcommand("lerobot")]
     | Annotated[Distill, tyro.conf.subcommand("distill")]
+    | Annotated[Critic, tyro.conf.subcommand("critic")]
     | Annotated[Dagger, tyro.conf.subcommand("dagger")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Film, tyro.conf.subcommand("film")]
@@ -542,16 +561,20 @@ Command = (
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
 
+LEARNING = (["train"], ["distill"], ["critic"])
+
 
 def parse(arguments: Sequence[str]) -> Any:
     """Return the command that is meant; it has a method `run(console)`."""
     group, rest = arguments[:1], arguments[1:]
-    if group in (["train"], ["distill"]):
+    if group in LEARNING:
         # Their settings need torch, which the other commands' parsing, and simulators' worker processes, can do without.
         from counterflow import cli_train
 
         if group == ["distill"]:
             return tyro.cli(cli_train.Distill, prog="counterflow distill", args=rest)
+        if group == ["critic"]:
+            return tyro.cli(cli_train.Critic, prog="counterflow critic", args=rest)
         kind: Any = cli_train.TrainCommand
         return tyro.cli(kind, prog="counterflow train", description=cli_train.__doc__, args=rest)
     if group == ["dataset"]:
@@ -570,7 +593,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         command = parse(arguments)
-        if arguments[:1] not in (["train"], ["distill"]):
+        if arguments[:1] not in LEARNING:
             # Before torch is imported. Priors are small, and a pool of threads that spins while it waits for them takes the
             # cores from the simulators: with others at work beside it, an evaluation took ten times as long.
             os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -609,6 +632,8 @@ def _say(console: Console, result: Evaluation) -> None:
         f"{result.env} [bold]{result.steer}[/]: {result.rate.successes} of {result.rate.episodes} episodes succeeded, "
         f"[bold]{100 * result.rate.rate:.1f}%[/] (95% interval {100 * low:.1f} to {100 * high:.1f}), {result.seconds:.1f} s"
     )
+    if "weight" in result.settings:
+        console.print(f"guided with weight {result.settings['weight']['weight']:.4g}")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from counterflow.errors import InvalidInputError
+
 if TYPE_CHECKING:
-    from counterflow.steering import MethodSettings
+    from counterflow.steering import ChunkCritic, GuidanceSettings, MethodSettings
 
 SteerName = Literal["base", "direct", "frs", "partial", "rank"]
 LearnedName = Literal["dsbc", "bc"]
+GuidedName = Literal["qgf"]
 
 
 @dataclass(frozen=True)
@@ -36,3 +40,56 @@ class Steering:
         from counterflow.steering import MethodSettings
 
         return MethodSettings(**asdict(self))
+
+
+@dataclass(frozen=True)
+class Guiding:
+    """How a critic guides the flow, for --steer qgf, and for any other with --critic."""
+
+    critic: Path | None = None
+    """What 'counterflow critic', or offline reinforcement learning, wrote; for --steer qgf the default is critic.safetensors
+    beside the policy's own checkpoint."""
+    weight: float | Literal["auto", "validate"] = "auto"
+    """What the critic's gradient is multiplied with. auto: until guidance moves the prior's chunks by --radius of their own
+    spread; validate: the best of several in other episodes."""
+    radius: float = 0.5
+    """Of --weight auto."""
+    best_of: int = 1
+    """Candidates, of which the one with the highest value is executed."""
+    aggregation: Literal["min", "mean", "lower_confidence"] = "min"
+    """What an ensemble's values are together; lower_confidence: mean - rho standard deviations."""
+    rho: float = 1.0
+    """Of --aggregation lower_confidence."""
+    estimate: Literal["clean", "noisy"] = "clean"
+    """Where the gradient is taken: at the estimated finished chunk, or at the noisy state."""
+    jacobian: bool = False
+    """Pull the gradient back through the estimate."""
+    schedule: Literal["constant", "remaining"] = "constant"
+    """remaining: the weight times (1 - t) / t, made for --jacobian."""
+
+    def settings(self) -> GuidanceSettings:
+        """Return how the critic guides."""
+        from counterflow.steering import GuidanceSettings
+
+        given = asdict(self)
+        del given["critic"]
+        return GuidanceSettings(**given)
+
+    def load(self, policy: str | None, device: str, *, needed: bool) -> ChunkCritic | None:
+        """Return the critic that is named, or, where one is needed, that which lies beside the policy's checkpoint."""
+        from counterflow.steering import ChunkCritic
+
+        path = self.critic
+        if path is None and needed and policy is not None:
+            place = Path(policy)
+            folders = (place, place / "checkpoints") if place.is_dir() else (place.parent,)
+            path = next((file for folder in folders if (file := folder / "critic.safetensors").is_file()), None)
+        if path is not None:
+            return ChunkCritic.load(path, device)
+        if needed:
+            beside = "" if policy is None else f", and no critic.safetensors lies beside the checkpoint of {policy}"
+            raise InvalidInputError(
+                f"--steer qgf needs a critic; none was given{beside}. Make one with 'counterflow critic', and pass it with "
+                "--critic."
+            )
+        return None

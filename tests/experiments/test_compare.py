@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from counterflow.experiments import compare as module
 from counterflow.experiments.compare import Contender, compare
 from counterflow.experiments.evaluate import Evaluation
 from counterflow.experiments.statistics import SuccessRate
-from counterflow.steering import MethodSettings
+from counterflow.policies import Normaliser
+from counterflow.steering import ChunkCritic, CriticBinding, CriticConfig, GuidanceSettings, MethodSettings
 
 TASK = "ogbench/cube-single-task1"
 
@@ -26,7 +28,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The labels of what was run, which succeeds in half of its episodes."""
     labels: list[str] = []
 
-    def run(env: Any, prior: Any, contender: Contender, learned: Any, episodes: int, seed: int, _: Any) -> Evaluation:
+    def run(
+        env: Any, prior: Any, contender: Contender, learned: Any, critic: Any, episodes: int, seed: int, _: Any
+    ) -> Evaluation:
         labels.append(contender.label)
         rate = SuccessRate(episodes // 2, episodes)
         name = module.policy_name(prior)
@@ -59,3 +63,29 @@ def test_a_result_from_before_a_setting_existed_had_its_default(runs: list[str],
     assert runs == ["FRS"]
     compare([TASK], [Contender("FRS", "frs", MethodSettings(padding="held"))], 4, 0, path=path)
     assert runs == ["FRS", "FRS"]
+
+
+def test_a_critic_and_how_it_guides_are_part_of_what_was_asked(runs: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    files = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        normaliser = Normaliser(torch.zeros(28), torch.ones(28))
+        critic = ChunkCritic(CriticConfig(width=8, depth=1), CriticBinding("", "", 5, 5), normaliser)
+        files.append(str(critic.save(tmp_path / f"critic-{seed}")))
+    for file, how in (
+        (files[0], GuidanceSettings(0.1)),
+        (files[0], GuidanceSettings(0.1)),
+        (files[1], GuidanceSettings(0.1)),
+        (files[0], GuidanceSettings("auto")),
+    ):
+        compare([TASK], [Contender("FRS", "frs", critic=file, guidance=how)], 4, 0, path=path)
+    assert len(runs) == 3
+    compare([TASK], [Contender("FRS", "frs", guidance=GuidanceSettings(0.3))], 4, 0, path=path)
+    compare([TASK], [Contender("FRS", "frs")], 4, 0, path=path)
+    assert len(runs) == 4  # without a critic its settings say nothing
+    content = json.loads(path.read_text())
+    del content["results"][0]["asked"]["guidance"]["radius"]
+    path.write_text(json.dumps(content))
+    compare([TASK], [Contender("FRS", "frs", critic=files[0], guidance=GuidanceSettings(0.1))], 4, 0, path=path)
+    assert len(runs) == 4

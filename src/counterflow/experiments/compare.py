@@ -25,7 +25,7 @@ from counterflow.experiments.evaluate import (
 from counterflow.experiments.rollout import Episode
 from counterflow.experiments.statistics import MeanRate, SuccessRate
 from counterflow.files import write_json
-from counterflow.steering import ChunkRegressor, MethodSettings
+from counterflow.steering import ChunkCritic, ChunkRegressor, GuidanceSettings, MethodSettings
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,12 @@ class Contender:
 
     Attributes:
         label: for example "FRS, K = 5".
-        method: "base", "direct", "frs", "partial" or "rank"; with `learned`, "dsbc" or "bc".
+        method: "base", "direct", "frs", "partial" or "rank"; with `learned`, "dsbc" or "bc"; with `critic`, "qgf".
         settings: the method's.
         reasoner: who gives the references.
         learned: the file of what was learned.
+        critic: the file of a critic that guides the flow, whatever the method.
+        guidance: how it does.
     """
 
     label: str
@@ -45,6 +47,8 @@ class Contender:
     settings: MethodSettings = field(default_factory=MethodSettings)
     reasoner: ReasonerSettings = field(default_factory=ReasonerSettings)
     learned: str | None = None
+    critic: str | None = None
+    guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,9 @@ def compare(
                 }
                 if learned is not None:
                     settings["learned"] = learned.fingerprint
+                critic = None if contender.critic is None else ChunkCritic.load(contender.critic)
+                if critic is not None:
+                    settings |= {"critic": critic.fingerprint, "guidance": asdict(contender.guidance)}
                 wanted = {
                     "label": contender.label,
                     "env": task,
@@ -151,7 +158,8 @@ def compare(
                     if on_start is not None:
                         on_start(task, contender)
                     env = open_env(task, episodes) if env is None else env
-                    result = {**wanted, **_run(env, prior, contender, learned, episodes, seed, on_episode).to_json()}
+                    found = _run(env, prior, contender, learned, critic, episodes, seed, on_episode)
+                    result = {**wanted, **found.to_json()}
                     results.append(result)
                     if path is not None:
                         write_json(path, {"machine": machine(), "results": results})
@@ -221,6 +229,7 @@ def _run(
     prior: Any,
     contender: Contender,
     learned: ChunkRegressor | None,
+    critic: ChunkCritic | None,
     episodes: int,
     seed: int,
     on_episode: Callable[[Episode], None] | None,
@@ -234,6 +243,8 @@ def _run(
         settings=contender.settings,
         reasoner=contender.reasoner,
         learned=learned,
+        critic=critic,
+        guidance=contender.guidance,
         on_episode=on_episode,
     )
 
@@ -244,4 +255,6 @@ def _key(result: dict[str, Any]) -> str:
     asked = result["asked"]
     # A setting that came after a result was written had its default then.
     asked = {**asked, "method": asdict(MethodSettings()) | asked["method"]}
+    if "guidance" in asked:
+        asked["guidance"] = asdict(GuidanceSettings()) | asked["guidance"]
     return json.dumps({"asked": asked, **{name: result[name] for name in names}}, sort_keys=True)

@@ -17,14 +17,28 @@ from counterflow.envs import RenderSettings, VectorEnv, check_env_name, describe
 from counterflow.errors import InvalidInputError, MismatchError
 from counterflow.experiments.rollout import Episode, MakeReasoner, run_episodes
 from counterflow.experiments.statistics import SuccessRate
+from counterflow.experiments.weight import weigh
 from counterflow.policies import BasePolicy, load
 from counterflow.random import check_seed, child_seed
 from counterflow.reasoners import CONVENTIONS, Convention, Reasoner, UnreliableReasoner, scripted_reasoner
-from counterflow.steering import ChunkRegressor, MethodSettings, SteeredPolicy, steer, steer_learned
+from counterflow.steering import (
+    ChunkCritic,
+    ChunkRegressor,
+    GuidanceSettings,
+    MethodSettings,
+    SteeredPolicy,
+    guide,
+    steer,
+    steer_learned,
+)
 
 MAX_EPISODES = 100_000
 LEARNED = {"dsbc": "noise", "bc": "action"}
 """Methods that are driven by a learned chunk, and what it was trained on."""
+GUIDED = "qgf"
+"""The policy alone, guided by a critic; with a critic the other methods are guided, too."""
+UNGUIDED = ("direct", "bc")
+"""Methods that execute something else than what the flow gives: there is nothing to guide."""
 SHIPPED_PRIORS = {
     "ogbench/cube-single": "cube-single",
     "ogbench/scene": "scene",
@@ -180,6 +194,8 @@ def evaluate(
     settings: MethodSettings | None = None,
     reasoner: ReasonerSettings | None = None,
     learned: ChunkRegressor | None = None,
+    critic: ChunkCritic | None = None,
+    guidance: GuidanceSettings | None = None,
     on_episode: Callable[[Episode], None] | None = None,
 ) -> Evaluation:
     """Run `episodes` episodes of one method on one task.
@@ -189,12 +205,14 @@ def evaluate(
     Args:
         env: the task, vectorised; it stays open.
         policy: the frozen base policy.
-        method: "base", "direct", "frs", "partial" or "rank"; or, with `learned`, "dsbc" or "bc".
+        method: "base", "direct", "frs", "partial" or "rank"; with `learned`, "dsbc" or "bc"; with `critic`, "qgf".
         episodes: how many.
         seed: what they descend from.
         settings: of the method.
-        reasoner: who gives references; nobody does for "base", "dsbc" and "bc".
+        reasoner: who gives references; nobody does for "base", "qgf", "dsbc" and "bc".
         learned: the noise policy of "dsbc", or the action policy of "bc".
+        critic: what guides the flow: that of the policy alone ("qgf"), or, beside it, of "frs", "dsbc" and others.
+        guidance: how; a weight that is to be found costs episodes of its own, which aren't counted as results.
         on_episode: called as each episode finishes.
 
     Raises:
@@ -205,8 +223,13 @@ def evaluate(
     settings = MethodSettings() if settings is None else settings
     reasoner = ReasonerSettings() if reasoner is None else reasoner
     steered = steered_by(policy, method, settings, learned)
-    make_reasoner = None if method == "base" or method in LEARNED else reasoner.maker(env.spec.name)
+    make_reasoner = None if method in ("base", GUIDED, *LEARNED) else reasoner.maker(env.spec.name)
     own = own_settings(method, settings) | ({} if learned is None else {"learned": learned.fingerprint})
+    if critic is not None or method == GUIDED:
+        critic, guidance = _guiding(method, critic), GuidanceSettings() if guidance is None else guidance
+        found = weigh(env, steered, critic, guidance, seed, make_reasoner=make_reasoner, convention=reasoner.writing())
+        steered = guide(steered, critic, guidance.with_weight(found.weight))
+        own |= {"critic": critic.fingerprint, "guidance": asdict(guidance), "weight": found.to_json()}
     seeds = [child_seed(check_seed(seed), "episode", index) for index in range(episodes)]
     began = time.perf_counter()
     finished = run_episodes(
@@ -244,14 +267,16 @@ def evaluate(
 def steered_by(
     policy: BasePolicy, method: str, settings: MethodSettings, learned: ChunkRegressor | None = None
 ) -> SteeredPolicy:
-    """Return `policy` steered by any method that has a name, zero-shot or learned.
+    """Return `policy` steered by any method that has a name, zero-shot or learned; a critic goes on top (`guide`).
 
     Raises:
         UnknownNameError: no such method.
         MismatchError: what was learned belongs to another policy, or serves another method.
         InvalidInputError: a setting is out of range, or nothing was given for a method that needs something learned.
     """
-    return _learned(policy, method, settings, learned) if method in LEARNED else steer(policy, method, settings)
+    if method in LEARNED:
+        return _learned(policy, method, settings, learned)
+    return steer(policy, "base" if method == GUIDED else method, settings)
 
 
 def _learned(
@@ -270,10 +295,26 @@ def _learned(
     return steer_learned(policy, learned, settings.perturbation)
 
 
+def _guiding(method: str, critic: ChunkCritic | None) -> ChunkCritic:
+    """Return the critic, after checking that the method is one that it can guide."""
+    if critic is None:
+        raise InvalidInputError(
+            f"{method!r} needs a critic, and none was given. Make one: 'counterflow record TASK --steer base --episodes 50', "
+            "then 'counterflow critic', and pass it with --critic."
+        )
+    if method in UNGUIDED:
+        raise InvalidInputError(
+            f"a critic was given, and {method!r} executes something else than what the flow gives, so nothing would be "
+            f"guided. Use {GUIDED!r}, or 'frs' or 'dsbc' with a critic."
+        )
+    return critic
+
+
 def own_settings(method: str, settings: MethodSettings) -> dict[str, Any]:
     """Return the settings that `method` reads."""
     own: dict[str, Any] = {
         "base": {"steps": settings.steps},
+        GUIDED: {"steps": settings.steps},
         "direct": {"steps": settings.steps},
         "frs": {
             "reversal_steps": settings.reversal_steps,

@@ -15,7 +15,7 @@ from torch import Tensor
 from counterflow.binding import Binding
 from counterflow.data import EpisodeDataset, SteeringDataset, SteeringEpisode
 from counterflow.errors import DatasetError, InvalidInputError
-from counterflow.experiments.evaluate import ReasonerSettings, load_prior, open_env, own_settings
+from counterflow.experiments.evaluate import ReasonerSettings, check_episodes, load_prior, open_env, own_settings
 from counterflow.experiments.inversion import InversionSettings, add_noises, invert_chunks
 from counterflow.experiments.rollout import Decision, Episode, run_episodes
 from counterflow.policies import BasePolicy
@@ -48,6 +48,7 @@ def record(
     out: Path | str,
     *,
     successes: int = 18,
+    episodes: int | None = None,
     seed: int = 0,
     settings: MethodSettings | None = None,
     reasoner: ReasonerSettings | None = None,
@@ -71,6 +72,7 @@ def record(
         method: "frs", "direct", "partial", "rank" or "base".
         out: the dataset's folder; made, or added to.
         successes: how many successful episodes there should be.
+        episodes: record so many episodes instead, whatever comes of them (as a critic wants them).
         seed: what the episodes descend from; others than those of an evaluation with the same seed.
         settings: of the method.
         reasoner: who gives the references.
@@ -91,6 +93,8 @@ def record(
     """
     if successes < 1:
         raise InvalidInputError(f"{successes} successes were asked for; expected 1 or more.")
+    if episodes is not None:
+        check_episodes(episodes)
     most = 10 * successes + 20 if max_episodes is None else max_episodes
     if most < successes:
         raise InvalidInputError(f"max_episodes is {most}; expected at least as many as successes, {successes}.")
@@ -111,6 +115,9 @@ def record(
         "seed": check_seed(seed),
         "policy": binding.policy,
     }
+    spec = prior.action_spec
+    if spec.past or spec.executed is not None:  # noted only there, so that recordings made before go on
+        provenance |= {"past": spec.past, "executed": spec.executed}
     with SteeringDataset.create_or_open(out, binding) as dataset:
         source = dataset.add_source(provenance)
         already = {episode.index: episode.success for episode in dataset.episodes if episode.source == source}
@@ -118,14 +125,15 @@ def record(
         outcomes: dict[int, bool] = {}
         vector = None
         try:
-            while sum(outcomes.values()) < successes:
-                if tried >= most:
+            while sum(outcomes.values()) < successes if episodes is None else tried < episodes:
+                if episodes is None and tried >= most:
                     raise DatasetError(
                         f"after {tried} episodes of {env} only {sum(outcomes.values())} succeeded; {successes} were asked for. "
                         f"What was recorded is safe in {out}. Ask for fewer, steer better, or raise max_episodes."
                     )
                 # How many come next depends on what came of those before, and on nothing else.
-                wave = range(tried, min(most, tried + max(SMALLEST_WAVE, successes - sum(outcomes.values()))))
+                ahead = tried + max(SMALLEST_WAVE, successes - sum(outcomes.values()))
+                wave = range(tried, min(most, ahead) if episodes is None else episodes)
                 tried = wave.stop
                 outcomes.update({index: already[index] for index in wave if index in already})
                 missing = {child_seed(seed, "recording", index): index for index in wave if index not in already}
@@ -147,7 +155,11 @@ def record(
                         on_episode(episode, sum(outcomes.values()))
                     episode.decisions.clear()
 
-                vector = open_env(env, max(successes, SMALLEST_WAVE), num_envs=num_envs) if vector is None else vector
+                vector = (
+                    open_env(env, max(episodes or successes, SMALLEST_WAVE), num_envs=num_envs)
+                    if vector is None
+                    else vector
+                )
                 run_episodes(
                     steered,
                     vector,

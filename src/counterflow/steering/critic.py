@@ -115,9 +115,9 @@ class CriticBinding:
             differing.append(f"actions in the environment's units, not normalised by {spec.normaliser.kind!r}")
         if self.family and family and family != self.family:
             differing.append(f"family {self.family!r}, not {family!r}")
-        rows = {spec.horizon - spec.past, spec.executed}
+        rows = {spec.horizon - spec.past, spec.executed or spec.horizon - spec.past}
         if self.past != spec.past or self.horizon not in rows or self.dim != spec.dim:
-            executed = " or ".join(str(count) for count in sorted(rows - {None}, key=int, reverse=True))
+            executed = " or ".join(str(count) for count in sorted(rows, reverse=True))
             differing.append(
                 f"rows {self.past} to {self.past + self.horizon} of {self.dim} numbers, not {executed} rows from row "
                 f"{spec.past} on of {spec.dim}"
@@ -156,13 +156,12 @@ class ChunkCritic(nn.Module):
             network = StackedMLP(size, 1, config.members, config.width, config.depth, config.norm)
         elif isinstance(network, StackedMLP):
             norms = 0 if config.norm == "none" else config.depth
-            wanted = (size, 1, config.members, config.width, config.depth, config.norm, norms)
-            given = (network.inputs, network.outputs, network.count, network.width, network.depth, network.norm)
-            if (*given, len(network.scales)) != wanted:
+            wanted = (size, 1, config.members, (config.width,) * config.depth, config.norm, norms)
+            given = (network.inputs, network.outputs, network.count, network.hidden, network.norm, len(network.scales))
+            if given != wanted:
                 raise InvalidInputError(
-                    "a critic's network has (inputs, outputs, count, width, depth, norm, norms) "
-                    f"{(*given, len(network.scales))}; expected {wanted} for {config} and chunks of {binding.horizon} x "
-                    f"{binding.dim} beside {input_normaliser.dim} inputs."
+                    f"a critic's network has (inputs, outputs, count, hidden layers, norm, norms) {given}; expected {wanted} for "
+                    f"{config} and chunks of {binding.horizon} x {binding.dim} beside {input_normaliser.dim} inputs."
                 )
         self.config, self.binding, self.input_normaliser = config, binding, input_normaliser
         self.network = network
