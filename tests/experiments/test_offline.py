@@ -1,0 +1,298 @@
+"""Offline RL as a run: from data to policies and critics, interrupted and resumed, refused where it can't be right."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from counterflow.cli_offline import changed
+from counterflow.errors import DatasetError, InvalidInputError, MismatchError, TrainingError, UnknownNameError
+from counterflow.experiments.offline import (
+    CONFIGS,
+    Evaluations,
+    OfflineProgress,
+    OfflineRun,
+    OfflineTrained,
+    read_offline_settings,
+    train_offline,
+)
+from counterflow.experiments.presets import preset
+from counterflow.experiments.run import Run
+from counterflow.learning.offline import BLOCK, OfflineConfig
+from counterflow.policies import FlowPolicy, load
+from counterflow.steering import ChunkCritic, SteeredPolicy, guide, steer
+from counterflow.steering.guided import GuidanceSettings
+
+ENV = "ogbench/cube-single-task1"
+SMALL: dict[str, Any] = {"width": 8, "depth": 2, "batch_size": 8, "horizon": 5, "flow_steps": 3, "compile": False}
+RUN = OfflineRun(steps=60, evaluate_every=0, episodes=0, checkpoint_every=20, report_every=10, slice_every=BLOCK)
+ALGORITHMS = tuple(CONFIGS)
+
+
+def config(algorithm: str, **changes: Any) -> OfflineConfig:
+    members = {"members": 3} if algorithm == "rql" else {}
+    return CONFIGS[algorithm](**{**SMALL, **members, **changes})
+
+
+def archive(path: Path, seed: int = 0, observation: int = 28, **changes: Any) -> Path:
+    """Synthetic episodes of the cube's shapes with rewards of their own."""
+    rng = np.random.default_rng(seed)
+    arrays = {
+        "observations": rng.standard_normal((124, observation)).astype(np.float32),
+        "actions": rng.uniform(-1, 1, (124, 5)).astype(np.float32),
+        "rewards": -rng.integers(0, 2, 124).astype(np.float32),
+        "masks": np.ones(124, np.float32),
+        "terminals": np.arange(124) % 31 == 30,
+    }
+    np.savez(path, **{**arrays, **changes})
+    return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return archive(tmp_path / "data.npz")
+
+
+def train(algorithm: str, data: Path, run: Path, **given: Any) -> OfflineTrained:
+    settings = given.pop("settings", RUN)
+    return train_offline(
+        algorithm, data, given.pop("env", ENV), run, given.pop("config", config(algorithm)), settings, **given
+    )
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load(folder).tensors()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_what_is_trained_can_be_loaded_steered_and_guided(algorithm: str, data: Path, tmp_path: Path) -> None:
+    trained = train(algorithm, data, tmp_path / "run", seeds=[3, 5])
+    assert list(trained.folders) == [3, 5]
+    assert trained.steps_done == 60
+    policy = load(trained.folders[5])
+    assert isinstance(policy, FlowPolicy)
+    assert policy.provenance["seed"] == 5
+    observations = torch.randn(4, 28)
+    plan = steer(policy, "base").act(observations, rng=0)
+    assert plan.actions.shape == (4, 5, 5)
+    assert plan.evaluations == (1 if algorithm == "fql" else 10)
+    critic = ChunkCritic.load(trained.folders[5] / "checkpoints" / "critic.safetensors")
+    values = critic.values(observations, plan.chunk)
+    assert values.shape == (3 if algorithm == "rql" else 2, 4)
+    if algorithm != "fql":
+        guided = guide(SteeredPolicy(policy, steps=10), critic, GuidanceSettings(weight=1.0))
+        assert not torch.equal(guided.act(observations, rng=0).chunk, plan.chunk)
+    else:
+        with pytest.raises(MismatchError, match="single step"):
+            steer(policy, "frs")
+
+
+def test_rqls_critic_says_what_its_value_says_of_complete_chunks(data: Path, tmp_path: Path) -> None:
+    from counterflow.experiments.offline import LEARNERS
+    from counterflow.learning.offline import Sizes
+
+    train("rql", data, tmp_path / "run", seeds=[0, 1])
+    learner = LEARNERS["rql"](Sizes(28, 5, 5), config("rql"), [0, 1])
+    state = Run(tmp_path / "run", json.loads(json.dumps(_config(tmp_path / "run")))).load_state()
+    assert state is not None
+    learner.restore(state)
+    observations, chunks = torch.randn(4, 28), torch.rand(4, 5, 5)
+    inputs = torch.cat([observations, chunks.flatten(1), torch.ones(4, 1)], 1).expand(2, -1, -1)
+    wanted = learner.networks["target_value"].ensemble(inputs)[1, ..., 0]
+    critic = ChunkCritic.load(tmp_path / "run" / "seed-1" / "checkpoints" / "critic.safetensors")
+    torch.testing.assert_close(critic.values(observations, chunks), wanted, rtol=1e-4, atol=1e-5)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    import yaml
+
+    content: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text())
+    return content
+
+
+@pytest.mark.parametrize("stop_at", [20, 30, 50])
+def test_an_interruption_changes_nothing(data: Path, tmp_path: Path, stop_at: int) -> None:
+    train("rql", data, tmp_path / "whole", seeds=[0, 1])
+
+    def interrupt(progress: OfflineProgress) -> None:
+        if progress.step == stop_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train("rql", data, tmp_path / "cut", seeds=[0, 1], on_progress=interrupt)
+    resumed = train("rql", data, tmp_path / "cut", seeds=[0, 1])
+    assert resumed.steps_done > 0
+    for seed in (0, 1):
+        expected = tensors(tmp_path / "whole" / f"seed-{seed}")
+        found = tensors(tmp_path / "cut" / f"seed-{seed}")
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "cut")]
+    assert lines[0] == lines[1]
+    assert train("rql", data, tmp_path / "cut", seeds=[0, 1]).steps_done == 0
+
+
+def test_seeds_beside_each_other_are_the_seeds_alone(data: Path, tmp_path: Path) -> None:
+    train("qgf", data, tmp_path / "both", seeds=[0, 7])
+    train("qgf", data, tmp_path / "one", seeds=[7])
+    expected = tensors(tmp_path / "one" / "seed-7")
+    for name, value in tensors(tmp_path / "both" / "seed-7").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_slices_take_turns_and_a_resumed_run_gets_the_same(tmp_path: Path) -> None:
+    folder = tmp_path / "slices"
+    folder.mkdir()
+    for index in range(3):
+        archive(folder / f"data-{index}.npz", seed=index)
+    settings = replace(RUN, steps=2 * BLOCK + 20, checkpoint_every=BLOCK)
+    train("qgf", folder, tmp_path / "whole", settings=settings)
+
+    def interrupt(progress: OfflineProgress) -> None:
+        if progress.step == BLOCK + 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train("qgf", folder, tmp_path / "cut", settings=settings, on_progress=interrupt)
+    train("qgf", folder, tmp_path / "cut", settings=settings)
+    expected = tensors(tmp_path / "whole" / "seed-0")
+    assert all(torch.equal(value, expected[name]) for name, value in tensors(tmp_path / "cut" / "seed-0").items())
+    train("qgf", folder / "data-0.npz", tmp_path / "first", settings=settings)
+    other = tensors(tmp_path / "first" / "seed-0")
+    assert any(not torch.equal(value, expected[name]) for name, value in other.items())
+
+
+def test_goals_are_part_of_what_the_networks_see(tmp_path: Path) -> None:
+    data = archive(tmp_path / "data.npz")
+    env = "ogbench/cube-single-goals-task1"
+    trained = train("qgf", data, tmp_path / "run", env=env)
+    policy = load(trained.folders[0])
+    assert isinstance(policy, FlowPolicy)
+    assert (policy.observation_dim, policy.family) == (56, "ogbench/cube-single-goals")
+    with pytest.raises(MismatchError, match="goals"):
+        train("rql", data, tmp_path / "other", env=env)
+
+
+@pytest.mark.parametrize("algorithm", ["qgf", "rql"])
+def test_evaluation_goes_on_beside_the_training_and_is_reported(algorithm: str, data: Path, tmp_path: Path) -> None:
+    settings = replace(RUN, steps=20, evaluate_every=10, episodes=1)
+    trained = train(algorithm, data, tmp_path / "run", settings=settings, seeds=[0, 1])
+    assert set(trained.success) == {0, 1}
+    found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = {(one["step"], name) for one in found for name in one if name.startswith("success/")}
+    assert rates == {(step, f"success/seed-{seed}") for step in (10, 20) for seed in (0, 1)}
+    assert not any((tmp_path / "run" / "evaluations").iterdir())
+
+
+def test_an_evaluation_that_was_cut_off_is_done_when_the_run_goes_on(data: Path, tmp_path: Path) -> None:
+    settings = replace(RUN, steps=20, evaluate_every=0, episodes=0)
+    train("rql", data, tmp_path / "run", settings=settings)
+    content = _config(tmp_path / "run")
+    reported = {}
+    with Run(tmp_path / "run", content) as folder:
+        with Evaluations(folder, ENV, "rql", 1, lambda step, rates: reported.update({step: rates})) as judge:
+            waiting = judge.place(20, 0)
+        waiting.mkdir(parents=True)
+        for file in (tmp_path / "run" / "seed-0" / "checkpoints").iterdir():
+            (waiting / file.name).write_bytes(file.read_bytes())
+        with Evaluations(folder, ENV, "rql", 1, lambda step, rates: reported.update({step: rates})) as judge:
+            judge.wait()
+    assert list(reported) == [20]
+    assert not waiting.exists()
+
+
+class TestBadInput:
+    def test_data_without_rewards(self, tmp_path: Path) -> None:
+        with np.load(archive(tmp_path / "whole.npz")) as whole:
+            kept = {name: whole[name] for name in ("observations", "actions", "terminals")}
+        np.savez(tmp_path / "data.npz", **kept)
+        with pytest.raises(DatasetError, match="rewards"):
+            train("rql", tmp_path / "data.npz", tmp_path / "run")
+
+    def test_terminals_in_the_wrong_place(self, tmp_path: Path) -> None:
+        data = archive(tmp_path / "data.npz", terminals=np.arange(124) % 31 == 5)
+        with pytest.raises(DatasetError, match="terminal"):
+            train("rql", data, tmp_path / "run")
+
+    def test_a_horizon_longer_than_every_episode(self, data: Path, tmp_path: Path) -> None:
+        with pytest.raises(DatasetError, match="horizon is 40"):
+            train("qgf", data, tmp_path / "run", config=config("qgf", horizon=40))
+
+    def test_observations_of_another_environment(self, tmp_path: Path) -> None:
+        with pytest.raises(MismatchError, match="observations"):
+            train("rql", archive(tmp_path / "data.npz", observation=30), tmp_path / "run")
+
+    def test_a_run_with_other_settings(self, data: Path, tmp_path: Path) -> None:
+        train("rql", data, tmp_path / "run")
+        with pytest.raises(TrainingError, match="alpha"):
+            train("rql", data, tmp_path / "run", config=config("rql", alpha=5.0))
+
+    def test_another_algorithms_settings(self, data: Path, tmp_path: Path) -> None:
+        with pytest.raises(InvalidInputError, match="RQLConfig"):
+            train("rql", data, tmp_path / "run", config=config("qgf"))
+        with pytest.raises(UnknownNameError, match="rql"):
+            train_offline("rqll", data, ENV, tmp_path / "run", config("rql"), RUN)
+
+    def test_a_loss_that_is_not_finite_names_the_update_and_the_rows_and_keeps_the_checkpoint(
+        self, data: Path, tmp_path: Path
+    ) -> None:
+        rewards = -np.ones(124, np.float32)
+        rewards[40:60] = -3e38  # finite itself, but not what becomes of it
+        bad = archive(tmp_path / "bad.npz", rewards=rewards)
+        with pytest.raises(TrainingError, match=r"at update \d+, whose batch begins at rows \d+, .* of the data"):
+            train("rql", bad, tmp_path / "run")
+        assert not (tmp_path / "run" / "seed-0" / "checkpoints" / "policy.safetensors").exists()
+
+    def test_settings_of_a_run_out_of_range(self) -> None:
+        with pytest.raises(InvalidInputError, match="steps"):
+            OfflineRun(steps=0)
+        with pytest.raises(InvalidInputError, match="multiple"):
+            OfflineRun(slice_every=BLOCK + 1)
+
+
+def test_settings_are_read_back(data: Path, tmp_path: Path) -> None:
+    train("fql", data, tmp_path / "run", seeds=[2, 4])
+    assert read_offline_settings(tmp_path / "run") == ("fql", data, ENV, [2, 4], config("fql"), RUN)
+
+
+class TestPresets:
+    @pytest.mark.parametrize("algorithm", ALGORITHMS)
+    @pytest.mark.parametrize("family", ["cube-single", "scene", "puzzle-3x3", "antmaze-giant", "humanoidmaze-large"])
+    def test_every_algorithm_has_settings_for_every_family(self, algorithm: str, family: str) -> None:
+        for name in ("small", "paper"):
+            found, run = preset(algorithm, f"ogbench/{family}-task1", name)
+            assert isinstance(found, CONFIGS[algorithm])
+            assert run.sparse == family.startswith(("scene", "puzzle"))
+
+    def test_the_official_settings(self) -> None:
+        scene, run = preset("rql", "ogbench/scene-task1", "paper")
+        assert (scene.alpha, scene.expectile, scene.rho, scene.horizon) == (3.0, 0.7, 0.5, 5)  # type: ignore[attr-defined]
+        assert (run.steps, run.sparse, run.episodes) == (1_000_000, True, 50)
+        giant, _ = preset("rql", "ogbench/antmaze-giant-task1", "paper")
+        assert (giant.alpha, giant.horizon, giant.discount) == (0.1, 1, 0.995)  # type: ignore[attr-defined]
+        cube, _ = preset("fql", "ogbench/cube-single-task1", "paper")
+        assert (cube.alpha, cube.horizon) == (300.0, 1)  # type: ignore[attr-defined]
+        hard, _ = preset("qgf", "ogbench/cube-triple-task1", "paper")
+        assert (hard.width, hard.batch_size, hard.discount) == (1024, 1024, 0.999)
+
+    def test_unknown_names(self) -> None:
+        with pytest.raises(UnknownNameError, match="preset"):
+            preset("rql", ENV, "large")  # type: ignore[arg-type]
+
+
+class TestChangedSettings:
+    def test_values_get_their_kind(self) -> None:
+        found = changed(config("rql"), ["alpha=3", "members=7", "compile=true", "precision=bfloat16"])
+        assert (found.alpha, found.members, found.compile, found.precision) == (3.0, 7, True, "bfloat16")  # type: ignore[attr-defined]
+
+    @pytest.mark.parametrize("given", ["alpha", "alpha=much", "compile=perhaps"])
+    def test_what_is_no_setting_is_refused(self, given: str) -> None:
+        with pytest.raises(InvalidInputError):
+            changed(config("rql"), [given])
+        with pytest.raises(UnknownNameError, match="alpha"):
+            changed(config("rql"), ["alhpa=1"])
