@@ -10,9 +10,12 @@ import tyro
 from rich.console import Console
 
 from counterflow.cli_offline import TrainFQL, TrainIFQL, TrainQGF, TrainRQL, run_offline
+from counterflow.envs import family_of
+from counterflow.errors import InvalidInputError
 from counterflow.experiments.critic import train_critic
 from counterflow.experiments.distill import Windows, distill
 from counterflow.experiments.offline import read_offline_settings
+from counterflow.experiments.presets import PresetName, cloning_preset
 from counterflow.experiments.progress import progress_bar
 from counterflow.experiments.run import read_config
 from counterflow.experiments.train import Progress, read_bc_settings, train_bc
@@ -25,10 +28,13 @@ from counterflow.policies.described import weights_path
 class TrainBC:
     """Train a prior by flow-matching behaviour cloning. Run it again after an interruption."""
 
-    data: tyro.conf.Positional[Path]
-    """A dataset (.npz) in OGBench's layout; held-out episodes are read from NAME-val.npz beside it."""
-    env: str
-    """The environment, or family, that the data are from, for example ogbench/cube-single."""
+    data: tyro.conf.Positional[str]
+    """A dataset (.npz) in OGBench's layout, held-out episodes in NAME-val.npz beside it; or the environment, or family, itself:
+    then data/<family>-play.npz is taken."""
+    env: str | None = None
+    """The environment, or family, that a dataset is from, for example ogbench/cube-single."""
+    preset: PresetName | None = None
+    """small: a prior for two cores; paper: the flow of QGF's official code. Default: the settings below."""
     out: Path | None = None
     """The run's folder; default: runs/bc-<family>-<seed>."""
     seed: int = 0
@@ -40,8 +46,16 @@ class TrainBC:
 
     def run(self, console: Console) -> None:
         """Train, with progress."""
-        out = self.out or Path("runs") / f"bc-{self.env.split('/')[-1]}-{self.seed}"
-        _train(console, self.data, self.env, out, self.config, self.seed, self.device)
+        data, env = Path(self.data), self.env
+        if env is None:
+            if data.suffix == ".npz":
+                raise InvalidInputError(
+                    f"the dataset {data} was given without its environment; say --env, for example ogbench/cube-single."
+                )
+            env, data = self.data, Path("data") / f"{family_of(self.data).split('/')[-1]}-play.npz"
+        config = self.config if self.preset is None else cloning_preset(self.preset)
+        out = self.out or Path("runs") / f"bc-{env.split('/')[-1]}-{self.seed}"
+        _train(console, data, env, out, config, self.seed, self.device)
 
 
 @dataclass(frozen=True)

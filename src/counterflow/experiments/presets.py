@@ -10,7 +10,9 @@ from typing import Any, Literal, get_args
 
 from counterflow.errors import UnknownNameError
 from counterflow.experiments.offline import CONFIGS, OfflineRun
+from counterflow.learning import BCConfig
 from counterflow.learning.offline import OfflineConfig
+from counterflow.policies import NetworkConfig
 
 PresetName = Literal["small", "paper"]
 
@@ -87,3 +89,25 @@ def preset(algorithm: str, env: str, name: PresetName) -> tuple[OfflineConfig, O
         run = OfflineRun(steps=PAPER_STEPS[algorithm], sparse=sparse)
         return CONFIGS[algorithm](**own), run
     return CONFIGS[algorithm](**{**own, **SMALL, **SMALL_OWN[algorithm]}), replace(SMALL_RUN, sparse=sparse)
+
+
+def cloning_preset(name: PresetName) -> BCConfig:
+    """Return settings of behaviour cloning: a prior of a few minutes, or the flow of QGF's official code.
+
+    Raises:
+        UnknownNameError: no such preset.
+    """
+    if name not in get_args(PresetName):
+        raise UnknownNameError("preset", str(name), get_args(PresetName))
+    if name == "small":
+        return BCConfig()
+    return BCConfig(
+        network=NetworkConfig("normed_mlp", 512, 4),
+        steps=500_000,
+        batch_size=256,
+        learning_rate=3e-4,
+        schedule="constant",
+        average=0.0,
+        observation_normalisation="none",
+        precision="float32",
+    )

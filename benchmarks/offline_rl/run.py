@@ -1,0 +1,365 @@
+"""Offline RL on locally generated data: BC, IFQL, FQL, QGF and RQL, three seeds side by side.
+
+    counterflow collect ogbench/cube-single --episodes 300 --out DATA/cube-single-play.npz
+    counterflow collect ogbench/scene --episodes 300 --out DATA/scene-play.npz
+    python benchmarks/offline_rl/run.py --data DATA
+
+trains what is missing into `runs/`, evaluates into `results/` (a file a task), and writes the tables and figures of README.md.
+Stages and tasks can be named, and `--only-report` leaves out the running. Runs are not committed: the same command makes them
+again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+
+from counterflow.envs import family_of
+from counterflow.experiments.compare import Comparison, Contender, compare, comparison_of, read_results
+from counterflow.experiments.figures import success_bars, success_curve
+from counterflow.experiments.offline import OfflineProgress, acting, train_offline
+from counterflow.experiments.presets import preset
+from counterflow.experiments.statistics import MeanRate, SuccessRate
+from counterflow.files import write_json
+from counterflow.steering import GuidanceSettings
+
+HERE = Path(__file__).parent
+RUNS, RESULTS = HERE / "runs", HERE / "results"
+CUBE_TASKS = tuple(f"ogbench/cube-single-task{task}" for task in range(1, 6))
+SCENE_TASKS = tuple(f"ogbench/scene-task{task}" for task in (1, 2, 3))
+TASKS = (*CUBE_TASKS, *SCENE_TASKS)
+FAMILIES = {"ogbench/cube-single": CUBE_TASKS, "ogbench/scene": SCENE_TASKS}
+SEEDS = (0, 1, 2)
+ALGORITHMS = ("qgf", "ifql", "fql", "rql")
+WEIGHTS = (0.01, 0.03, 0.1, 0.3)  # of QGF's sweep; the scale is that of the critic's gradient
+Stage = Literal["train", "small", "prior", "parity"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+# Of QGF, what is compared: label -> how the critic takes part.
+GUIDANCE: dict[str, GuidanceSettings] = {
+    **{f"QGF, weight {weight:g}": GuidanceSettings(weight=weight) for weight in WEIGHTS},
+    "QGF, auto": GuidanceSettings(),
+    "QGF, auto, (1 - t)/t, Jacobian": GuidanceSettings(schedule="remaining", jacobian=True),
+    "QGF, auto, best of 8": GuidanceSettings(best_of=8),
+}
+METHODS = (
+    "BC",
+    "IFQL",
+    "FQL",
+    "QGF, best weight",
+    "QGF, auto",
+    "QGF, auto, (1 - t)/t, Jacobian",
+    "QGF, auto, best of 8",
+    "RQL",
+)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Run the benchmark of offline RL."""
+
+    data: Path = HERE / "data"
+    """The folder of the datasets, <family>-play.npz."""
+    stages: tuple[Stage, ...] = STAGES
+    """train: the small preset; small: evaluate it; prior: critics that guide the shipped prior; parity: golden numbers."""
+    tasks: tuple[str, ...] = TASKS
+    """For these tasks alone."""
+    algorithms: tuple[str, ...] = ALGORITHMS
+    """For these alone."""
+    episodes: int = 50
+    """Evaluation episodes for each policy on each task."""
+    only_report: bool = False
+    """Write tables and figures from the results that are there."""
+
+
+def main() -> None:
+    """Run what is missing, then report."""
+    arguments = tyro.cli(Arguments)
+    torch.set_num_threads(1)  # evaluations and trainings may run side by side
+    console = Console()
+    if not arguments.only_report:
+        for stage in arguments.stages:
+            RUN[stage](arguments, console)
+    report()
+
+
+def folder_of(algorithm: str, task: str) -> Path:
+    """Return the folder of a run."""
+    return RUNS / f"{algorithm}-{task.split('/')[1]}"
+
+
+def train(arguments: Arguments, console: Console) -> None:
+    """Train every algorithm on every task, three seeds side by side."""
+    for task in arguments.tasks:
+        data = arguments.data / f"{family_of(task).split('/')[1]}-play.npz"
+        for algorithm in arguments.algorithms:
+            config, run = preset(algorithm, task, "small")
+            console.log(f"{algorithm} on {task}")
+
+            def show(progress: OfflineProgress) -> None:
+                if progress.step % 5_000 == 0:
+                    console.log(f"  {progress.step}, {progress.seconds:.0f} s, {progress.success}")
+
+            train_offline(algorithm, data, task, folder_of(algorithm, task), config, run, seeds=SEEDS, on_progress=show)
+
+
+def small(arguments: Arguments, console: Console) -> None:
+    """Evaluate what was trained."""
+    for task in arguments.tasks:
+        path = RESULTS / "small" / f"{task.split('/')[1]}.json"
+        for seed in SEEDS:
+            for algorithm in arguments.algorithms:
+                folder = folder_of(algorithm, task) / f"seed-{seed}"
+                if (folder / "checkpoints" / "policy.safetensors").exists():
+                    contenders = contenders_of(algorithm, seed, folder / "checkpoints" / "critic.safetensors")
+                    run(console, task, contenders, arguments.episodes, path, str(folder))
+
+
+def contenders_of(algorithm: str, seed: int, critic: Path) -> list[Contender]:
+    """Return what is evaluated of one run."""
+    if algorithm == "qgf":
+        guided = [
+            Contender(f"{label}, seed {seed}", "qgf", critic=str(critic), guidance=settings)
+            for label, settings in GUIDANCE.items()
+        ]
+        return [Contender(f"BC, seed {seed}", "base"), *guided]
+    method, guidance = acting(algorithm)
+    label = f"{algorithm.upper()}, seed {seed}"
+    if guidance is None:
+        return [Contender(label, method)]
+    return [Contender(label, method, critic=str(critic), guidance=guidance)]
+
+
+def prior(arguments: Arguments, console: Console) -> None:
+    """Guide one frozen play prior by the critics of the QGF runs, alone and together with FRS: nothing is trained for it."""
+    for task in arguments.tasks:
+        path = RESULTS / "prior" / f"{task.split('/')[1]}.json"
+        for seed in SEEDS:
+            critic = folder_of("qgf", task) / f"seed-{seed}" / "checkpoints" / "critic.safetensors"
+            if not critic.exists():
+                continue
+            contenders = [
+                Contender("prior", "base"),
+                Contender("FRS", "frs"),
+                Contender(f"prior + QGF, seed {seed}", "qgf", critic=str(critic)),
+                Contender(
+                    f"prior + QGF, best of 8, seed {seed}",
+                    "qgf",
+                    critic=str(critic),
+                    guidance=GuidanceSettings(best_of=8),
+                ),
+                Contender(f"FRS + QGF, seed {seed}", "frs", critic=str(critic)),
+            ]
+            run(console, task, contenders, arguments.episodes, path)
+
+
+def run(
+    console: Console, task: str, contenders: Sequence[Contender], episodes: int, path: Path, policy: str | None = None
+) -> None:
+    """Evaluate what is missing in a file of results."""
+    compare(
+        [task],
+        contenders,
+        episodes,
+        0,
+        policy=policy,
+        path=path,
+        on_start=lambda name, contender: console.log(f"{name}, {contender.label}"),
+    )
+
+
+def parity(_: Arguments, console: Console) -> None:
+    """Compare with the official numbers, quantity by quantity (the tests do the same, and fail beyond the tolerances)."""
+    # The mapping of the official parameters is part of the tests.
+    spec = importlib.util.spec_from_file_location("test_golden", HERE.parents[1] / "tests/learning/test_golden.py")
+    assert spec is not None
+    assert spec.loader is not None
+    test_golden = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(test_golden)
+    found = test_golden.deviations()
+    write_json(RESULTS / "parity.json", found)
+    console.log(f"largest deviation {max(max(one.values()) for one in found.values()):.1e}")
+
+
+RUN: dict[str, Callable[[Arguments, Console], None]] = {
+    "train": train,
+    "small": small,
+    "prior": prior,
+    "parity": parity,
+}
+
+
+def report() -> None:
+    """Write tables into the README and draw the figures, of what has been run."""
+    readme = HERE / "README.md"
+    for name, write in (
+        ("parity", report_parity),
+        ("small", report_small),
+        ("curves", report_curves),
+        ("prior", report_prior),
+        ("speed", report_speed),
+    ):
+        if f"<!-- {name}:" in readme.read_text():
+            insert(readme, name, write())
+
+
+def results_of(stage: str) -> Comparison | None:
+    """Return all tasks' results of a stage; None if there are none."""
+    results = [one for path in sorted((RESULTS / stage).glob("*.json")) for one in read_results(path)]
+    return comparison_of(results) if results else None
+
+
+def pooled(comparison: Comparison, label: str, task: str) -> SuccessRate | None:
+    """Return a method's rate on a task, all training seeds together; None where it was not evaluated."""
+    rates = [
+        rates[task]
+        for name, rates in comparison.rates.items()
+        if task in rates and (name == label or name.startswith(f"{label}, seed "))
+    ]
+    return SuccessRate(sum(one.successes for one in rates), sum(one.episodes for one in rates)) if rates else None
+
+
+def best_weight(comparison: Comparison, task: str) -> SuccessRate | None:
+    """Return the rate with the best of the swept weights on a task: chosen on the evaluation itself, so a bound."""
+    rates = [pooled(comparison, f"QGF, weight {weight:g}", task) for weight in WEIGHTS]
+    known = [rate for rate in rates if rate is not None]
+    return max(known, key=lambda rate: rate.rate) if known else None
+
+
+def rate_of(comparison: Comparison, label: str, task: str) -> SuccessRate | None:
+    """Return a method's rate, the best swept weight's among them."""
+    return best_weight(comparison, task) if label == "QGF, best weight" else pooled(comparison, label, task)
+
+
+def mean(comparison: Comparison, label: str, tasks: Iterable[str]) -> MeanRate | None:
+    """Return a method's mean over those tasks of a list that have been evaluated; None unless all of them have been."""
+    rates = [rate_of(comparison, label, task) for task in tasks if task in comparison.tasks]
+    known = tuple(rate for rate in rates if rate is not None)
+    return MeanRate(known) if known and len(known) == len(rates) else None
+
+
+def report_small() -> str:
+    """Return the main table and draw its figure."""
+    comparison = results_of("small")
+    if comparison is None:
+        return ""
+    lines = table(comparison, METHODS)
+    success_bars(
+        {
+            family: found
+            for family, tasks in FAMILIES.items()
+            if (found := {one: rate for one in METHODS if (rate := mean(comparison, one, tasks)) is not None})
+        },
+        HERE / "success.png",
+        title="Offline RL, small preset",
+        subtitle=f"Mean over the tasks that were run, {len(SEEDS)} training seeds",
+    )
+    return "\n".join(lines)
+
+
+def table(comparison: Comparison, methods: Sequence[str]) -> list[str]:
+    """Return the lines of a table: a row a task, means of families below."""
+    done = [task for task in TASKS if task in comparison.tasks]
+    lines = ["| task | " + " | ".join(methods) + " |", "| --- |" + " ---: |" * len(methods)]
+    lines += [
+        f"| {task} | " + " | ".join(cell(rate_of(comparison, one, task)) for one in methods) + " |" for task in done
+    ]
+    for family, tasks in FAMILIES.items():
+        if any(task in done for task in tasks):
+            means = " | ".join(f"**{cell(mean(comparison, one, tasks))}**" for one in methods)
+            lines.append(f"| **mean {family}** | {means} |")
+    return lines
+
+
+def report_curves() -> str:
+    """Draw success against updates, as the runs reported it on the way (other episodes than the table's)."""
+    curves: dict[str, dict[float, Any]] = {}
+    for algorithm in ALGORITHMS:
+        rates: dict[float, list[float]] = {}
+        for task in TASKS:
+            path = folder_of(algorithm, task) / "metrics.jsonl"
+            for line in path.read_text().splitlines() if path.exists() else []:
+                found = json.loads(line)
+                rates.setdefault(found["step"], []).extend(
+                    value for name, value in found.items() if name.startswith("success/")
+                )
+        episodes = preset(algorithm, TASKS[0], "small")[1].episodes
+        points = {
+            step: SuccessRate(round(float(np.sum(values)) * episodes), episodes * len(values))
+            for step, values in rates.items()
+            if values
+        }
+        if points:
+            curves[algorithm.upper()] = points
+    if curves:
+        success_curve(
+            curves,
+            HERE / "curves.png",
+            xlabel="updates",
+            title="Learning curves",
+            subtitle="All tasks and seeds that were run, episodes of their own",
+        )
+    return ""
+
+
+def report_prior() -> str:
+    """Return the table of the guided prior."""
+    comparison = results_of("prior")
+    if comparison is None:
+        return ""
+    methods = ("prior", "prior + QGF", "prior + QGF, best of 8", "FRS", "FRS + QGF")
+    return "\n".join(table(comparison, methods))
+
+
+def report_parity() -> str:
+    """Return the table of the largest deviations from the official numbers."""
+    path = RESULTS / "parity.json"
+    if not path.exists():
+        return ""
+    lines = ["| file | quantity | largest deviation |", "| --- | --- | ---: |"]
+    for name, quantities in json.loads(path.read_text()).items():
+        lines += [f"| {name} | {quantity} | {value:.1e} |" for quantity, value in quantities.items()]
+    return "\n".join(lines)
+
+
+def report_speed() -> str:
+    """Return the table of times."""
+    path = RESULTS / "speed.json"
+    if not path.exists():
+        return ""
+    content = json.loads(path.read_text())
+    medians = {name: float(np.median(values)) for name, values in content["milliseconds"].items()}
+    official = medians.get("official (JAX)")
+    lines = ["| code | milliseconds an update | of the official code's speed |", "| --- | ---: | ---: |"]
+    for name, median in medians.items():
+        seeds = int(name.split(", ")[-1].split()[0]) if name.startswith("ours") else 1
+        times = "" if official is None else f"{seeds * official / median:.2f}"
+        lines.append(f"| {name} | {median:.0f} | {times} |")
+    return "\n".join(lines)
+
+
+def insert(path: Path, name: str, text: str) -> None:
+    """Put a table between its marks in a document."""
+    begin, end = f"<!-- {name}: written by benchmarks/offline_rl/run.py -->", f"<!-- /{name} -->"
+    before, rest = path.read_text().split(begin, 1)
+    _, after = rest.split(end, 1)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}" if text else f"{before}{begin}\n{end}{after}")
+
+
+def cell(rate: SuccessRate | MeanRate | None) -> str:
+    """Write a rate in percent with its interval."""
+    if rate is None:
+        return ""
+    return f"{100 * rate.rate:.0f} ({100 * rate.interval.low:.0f}-{100 * rate.interval.high:.0f})"
+
+
+if __name__ == "__main__":
+    main()
