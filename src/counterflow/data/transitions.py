@@ -218,6 +218,11 @@ class Chunks:
     valid: Tensor
     policy_observations: Tensor | None = None
 
+    @property
+    def seen_by_policy(self) -> Tensor:
+        """What a policy learns from (..., O): its own observations where there are any."""
+        return self.observations if self.policy_observations is None else self.policy_observations
+
 
 class WindowSampler:
     """Windows and chunks of transitions that lie on the device; nothing goes back to the host.

@@ -101,24 +101,24 @@ def denoised(flow: StackedMLP, observations: Tensor, noise: Tensor, steps: int) 
 
 def fql_loss(networks: FQLNetworks, batch: Chunks, draws: FQLDraws, config: FQLConfig) -> Losses:
     """Return the total loss of every seed (S,) on chunks (S, B, ...), and its parts."""
-    observations, chunks = batch.observations, batch.actions.flatten(-2)
+    observations, seen, chunks = batch.observations, batch.seen_by_policy, batch.actions.flatten(-2)
     with torch.no_grad():
         following = networks.one_step(torch.cat([batch.next_observations, draws.next_noise], dim=-1)).clamp(-1, 1)
         inputs = torch.cat([batch.next_observations, following], dim=-1)
         judged = aggregate(networks.target_critic.ensemble(inputs)[..., 0].float(), config.aggregation)
         target = batch.rewards + config.discount**config.horizon * batch.masks * judged
-        wanted = denoised(networks.flow, observations, draws.distilled_noise, config.flow_steps)
+        wanted = denoised(networks.flow, seen, draws.distilled_noise, config.flow_steps)
     values = networks.critic.ensemble(torch.cat([observations, chunks], dim=-1))[..., 0].float()
     critic_loss = ((values - target[:, None]).square() * batch.valid[:, None]).mean((1, 2))
 
     t = draws.t[..., None]
     x_t = (1 - t) * draws.noise + t * chunks
-    velocity = networks.flow(velocity_inputs(observations, x_t, draws.t)).float()
+    velocity = networks.flow(velocity_inputs(seen, x_t, draws.t)).float()
     bc_loss = (velocity - (chunks - draws.noise)).square().mean((1, 2))
 
-    said = networks.one_step(torch.cat([observations, draws.distilled_noise], dim=-1)).float()
+    said = networks.one_step(torch.cat([seen, draws.distilled_noise], dim=-1)).float()
     distill_loss = (said - wanted).square().mean((1, 2))
-    liked = networks.critic.ensemble(torch.cat([observations, said.clamp(-1, 1)], dim=-1), frozen=True)[..., 0]
+    liked = networks.critic.ensemble(torch.cat([seen, said.clamp(-1, 1)], dim=-1), frozen=True)[..., 0]
     liked = liked.float().mean(1)
     q_loss = -liked.mean(-1)
     if config.normalise_q:

@@ -83,7 +83,7 @@ class IFQLLearner(OfflineLearner[IFQLConfig, Chunks]):
         config = self.config
         chunks, t = batch.actions.flatten(-2), draws.t[..., None]
         x_t = (1 - t) * draws.noise + t * chunks
-        velocity = self.flow(velocity_inputs(batch.observations, x_t, draws.t)).float()
+        velocity = self.flow(velocity_inputs(batch.seen_by_policy, x_t, draws.t)).float()
         cloning = (velocity - (chunks - draws.noise)).square().mean((1, 2))
         critics, values = critic_loss(self.parts, batch, config.discount**config.horizon)
         states = value_loss(self.parts, batch, config.expectile)

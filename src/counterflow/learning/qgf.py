@@ -67,9 +67,8 @@ def policy_loss(policy: StackedMLP, batch: Chunks, draws: FlowDraws) -> Tensor:
     With goals the policy has its own: a critic learns from goals that are never reached, a policy can't.
     """
     chunks, t = batch.actions.flatten(-2), draws.t[..., None]
-    observations = batch.observations if batch.policy_observations is None else batch.policy_observations
     x_t = (1 - t) * draws.noise + t * chunks
-    inputs = torch.cat([observations, x_t, sinusoidal(draws.t)], dim=-1)
+    inputs = torch.cat([batch.seen_by_policy, x_t, sinusoidal(draws.t)], dim=-1)
     velocity: Tensor = policy(inputs).float()
     return (velocity - (chunks - draws.noise)).square().mean((1, 2))
 
