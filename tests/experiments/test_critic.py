@@ -21,9 +21,17 @@ from counterflow.experiments.critic import rollouts_of, train_critic
 from counterflow.experiments.evaluate import evaluate
 from counterflow.experiments.rollout import Episode
 from counterflow.experiments.weight import weigh
-from counterflow.learning import ChunkCriticConfig
+from counterflow.learning import ChunkCriticConfig, ChunkCriticLearner
 from counterflow.policies import Normaliser, load, save
-from counterflow.steering import ChunkCritic, CriticBinding, CriticConfig, GuidanceSettings, MethodSettings, steer
+from counterflow.steering import (
+    ChunkCritic,
+    CriticBinding,
+    CriticConfig,
+    GuidanceSettings,
+    MethodSettings,
+    steer,
+    task_embedding,
+)
 
 BINDING = Binding("abc", "ogbench/x", 3, 2, 5)
 SMALL = ChunkCriticConfig(CriticConfig(members=2, width=16, depth=1), steps=5)
@@ -70,6 +78,20 @@ class TestReading:
         assert found.binding == CriticBinding("abc", "ogbench/x", 3, 2)
         seen = rollouts_of([tmp_path / "d"], ChunkCriticConfig(CriticConfig("observation")))
         assert seen.inputs[0, 0] == 100
+
+    def test_decisions_know_their_task_where_the_critic_is_to(self, tmp_path: Path) -> None:
+        config = ChunkCriticConfig(CriticConfig(members=2, width=16, depth=1, task_dim=4), steps=5)
+        path = recorded(tmp_path / "d", "sf")
+        found = rollouts_of([path], config)
+        assert found.tasks is not None
+        np.testing.assert_allclose(found.tasks, np.tile(task_embedding("ogbench/x-task1", 4).numpy(), (6, 1)))
+        assert rollouts_of([path], SMALL).tasks is None
+        critic = train_critic([path], tmp_path / "critic", config)
+        inputs, chunks = torch.randn(2, 5), torch.randn(2, 3, 2)
+        here, there = (critic.values(inputs, chunks, task_embedding(name, 4)) for name in ("ogbench/x-task1", "other"))
+        assert not torch.allclose(here, there)
+        with pytest.raises(InvalidInputError, match="task embeddings of 4"):
+            ChunkCriticLearner(found, SMALL, 0)
 
     def test_the_rows_that_were_executed_without_padding(self, tmp_path: Path) -> None:
         binding = Binding("abc", "", 5, 2, 5, padding=3)

@@ -43,6 +43,7 @@ from counterflow.steering import (
     binding_of,
     choose_weight,
     guide,
+    task_embedding,
 )
 
 GOLDEN = Path(__file__).parent.parent / "data_files" / "golden" / "qgf.npz"
@@ -56,9 +57,10 @@ STD = 0.5
 def stacked(parameters: dict[str, Tensor], layers: list[str], norms: list[str]) -> StackedMLP:
     """Build [Dense, LayerNorm, gelu] x depth, Dense from the file's arrays, each with a leading axis of members."""
     kernels = [parameters[f"{layer}/kernel"] for layer in layers]
-    count, size, width = kernels[0].shape
-    depth = len(layers) - 1
-    network = StackedMLP(size, kernels[-1].shape[-1], count, width, depth, "before", norm_last=len(norms) == depth)
+    count, size, _ = kernels[0].shape
+    hidden = [kernel.shape[-1] for kernel in kernels[:-1]]
+    last = len(norms) == len(hidden)
+    network = StackedMLP(size, kernels[-1].shape[-1], count, hidden, norm="before", norm_last=last)
     state = {f"weights.{index}": kernel for index, kernel in enumerate(kernels)}
     state |= {f"biases.{index}": parameters[f"{layer}/bias"][:, None] for index, layer in enumerate(layers)}
     state |= {f"scales.{index}": parameters[f"{norm}/scale"][:, None] for index, norm in enumerate(norms)}
@@ -102,10 +104,10 @@ class Golden:
         critic = under(self.arrays, "params/target_critic/value_net/")
         judge = stacked(critic, named(critic, "Dense"), named(critic, "LayerNorm"))
         self.critic = ChunkCritic(
-            CriticConfig("observation", judge.count, judge.width, judge.depth),
+            CriticConfig("observation", judge.count),
             CriticBinding("", "", self.horizon, self.dim),
             Normaliser(torch.zeros(observation), torch.ones(observation), "none"),
-            judge,
+            torch.nn.Sequential(judge),  # not compared with the configuration's architecture: the file has its own
         )
 
     def start(self, policy: Any, context: SteeringContext, rng: Rng) -> tuple[Tensor, Tensor]:
@@ -707,3 +709,11 @@ class TestChoosingTheWeight:
             choose_weight(gaussian(), trained(), self.SEEN, draws=1)
         with pytest.raises(InvalidInputError, match="Find one with choose_weight"):
             guide(SteeredPolicy(gaussian()), trained(), GuidanceSettings("auto"))
+
+
+def test_embeddings_of_tasks_are_fixed_and_share_what_their_words_share() -> None:
+    one, other = task_embedding("put the mug on the plate", 64), task_embedding("put the bowl on the plate", 64)
+    assert torch.equal(one, task_embedding("Put the mug on the plate.", 64))
+    assert one.norm().item() == pytest.approx(1)
+    assert one @ other > 0.5 > (one @ task_embedding("open drawer", 64)).abs()
+    assert not task_embedding("", 3).any()

@@ -7,12 +7,13 @@ from dataclasses import asdict, astuple
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from counterflow.data import SteeringDataset, SteeringEpisode
 from counterflow.errors import DatasetError, InvalidInputError, MismatchError
 from counterflow.learning.chunk_critic import ChunkCriticConfig, ChunkCriticLearner, Rollouts
 from counterflow.learning.dsbc import Progress
-from counterflow.steering import ChunkCritic, CriticBinding
+from counterflow.steering import ChunkCritic, CriticBinding, task_embedding
 
 
 def rollouts_of(paths: Sequence[Path | str], config: ChunkCriticConfig, *, env: str | None = None) -> Rollouts:
@@ -22,7 +23,7 @@ def rollouts_of(paths: Sequence[Path | str], config: ChunkCriticConfig, *, env: 
 
     Args:
         paths: folders of 'counterflow record', all of one frozen policy.
-        config: says which inputs are wanted.
+        config: says which inputs are wanted, and whether task embeddings are.
         env: use this task's episodes alone.
 
     Raises:
@@ -74,7 +75,15 @@ def rollouts_of(paths: Sequence[Path | str], config: ChunkCriticConfig, *, env: 
         success=np.repeat([bool(episode.success) for episode in episodes], lengths),
         episodes=np.repeat(np.arange(len(episodes)), lengths),
         binding=binding,
+        tasks=_tasks([episode.env for episode in episodes], lengths, config.critic.task_dim),
     )
+
+
+def _tasks(names: Sequence[str], lengths: Sequence[int], size: int) -> npt.NDArray[np.float32] | None:
+    """Return the embeddings (N, E) of every decision's task, or None where the critic is to know none."""
+    if not size:
+        return None
+    return np.repeat(np.stack([task_embedding(name, size).numpy() for name in names]), lengths, axis=0)
 
 
 def _binding(dataset: SteeringDataset, source: str) -> CriticBinding:

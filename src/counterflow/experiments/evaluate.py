@@ -17,7 +17,7 @@ from counterflow.envs import RenderSettings, VectorEnv, check_env_name, describe
 from counterflow.errors import InvalidInputError, MismatchError
 from counterflow.experiments.rollout import Episode, MakeReasoner, run_episodes
 from counterflow.experiments.statistics import SuccessRate
-from counterflow.experiments.weight import weigh
+from counterflow.experiments.weight import task_of, weigh
 from counterflow.policies import BasePolicy, load
 from counterflow.random import check_seed, child_seed
 from counterflow.reasoners import CONVENTIONS, Convention, Reasoner, UnreliableReasoner, scripted_reasoner
@@ -228,7 +228,7 @@ def evaluate(
     if critic is not None or method == GUIDED:
         critic, guidance = _guiding(method, critic), GuidanceSettings() if guidance is None else guidance
         found = weigh(env, steered, critic, guidance, seed, make_reasoner=make_reasoner, convention=reasoner.writing())
-        steered = guide(steered, critic, guidance.with_weight(found.weight))
+        steered = guide(steered, critic, guidance.with_weight(found.weight), task_of(critic, env))
         own |= {"critic": critic.fingerprint, "guidance": asdict(guidance), "weight": found.to_json()}
     seeds = [child_seed(check_seed(seed), "episode", index) for index in range(episodes)]
     began = time.perf_counter()

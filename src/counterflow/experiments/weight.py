@@ -20,7 +20,7 @@ from counterflow.experiments.rollout import Episode, MakeReasoner, run_episodes
 from counterflow.experiments.statistics import SuccessRate
 from counterflow.random import check_seed, child_seed
 from counterflow.reasoners import OGBENCH, Convention
-from counterflow.steering import ChunkCritic, GuidanceSettings, SteeredPolicy, choose_weight, guide
+from counterflow.steering import ChunkCritic, GuidanceSettings, SteeredPolicy, choose_weight, guide, task_embedding
 
 OBSERVED_EPISODES = 8
 OBSERVATIONS = 64
@@ -100,21 +100,27 @@ def weigh(
             steered, env, seeds, make_reasoner, convention=convention, record=record, on_episode=on_episode
         )
 
-    found, steps = Weighing(0.0), 0
+    found, steps, task = Weighing(0.0), 0, task_of(critic, env)
     if settings.weight == "auto" or weights is None:
         observed = run(policy, OBSERVED_EPISODES, True)
         steps += sum(episode.steps for episode in observed)
-        chosen = choose_weight(policy, critic, _some(observed), settings, steps=policy.steps, seed=seed)
+        chosen = choose_weight(policy, critic, _some(observed), settings, steps=policy.steps, seed=seed, task=task)
         found = Weighing(chosen.weight, settings.radius, chosen.spread, chosen.curve, environment_steps=steps)
     if settings.weight == "auto":
         return found
     rates: dict[float, SuccessRate] = {}
     for weight in sorted([multiple * found.weight for multiple in MULTIPLES] if weights is None else set(weights)):
-        finished = run(guide(policy, critic, settings.with_weight(weight)), episodes, False)
+        finished = run(guide(policy, critic, settings.with_weight(weight), task), episodes, False)
         steps += sum(episode.steps for episode in finished)
         rates[weight] = SuccessRate.of(episode.success for episode in finished)
     best = max(rates, key=lambda weight: (rates[weight].successes, -abs(weight)))
     return Weighing(best, found.radius, found.spread, found.curve, rates, steps)
+
+
+def task_of(critic: ChunkCritic, env: VectorEnv) -> Tensor | None:
+    """Return the embedding of a task for a critic that was made with one (as `train_critic` makes it), else None."""
+    size = critic.config.task_dim
+    return task_embedding(env.spec.name, size) if size else None
 
 
 def _some(episodes: Sequence[Episode]) -> Tensor:

@@ -89,10 +89,6 @@ class ChunkCriticConfig:
         for name, known in (("method", get_args(Method)), ("backup", get_args(Backup))):
             if getattr(self, name) not in known:
                 raise UnknownNameError(name, str(getattr(self, name)), known)
-        if self.critic.task_dim:
-            raise InvalidInputError(
-                f"a task embedding of {self.critic.task_dim} numbers was asked for; rollouts carry none. Use task_dim 0."
-            )
         for name in ("steps", "batch_size", "evaluate_every", "patience"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -116,6 +112,7 @@ class Rollouts:
         success: (N,) bool, whether the episode succeeded; it ended with the chunk that solved the task.
         episodes: (N,) int64, the number of each decision's episode.
         binding: whose chunks they are.
+        tasks: (N, E) float32, the embedding of each decision's task (`task_embedding`); E is 0 where there is none.
 
     Raises:
         DatasetError: nothing is there, shapes don't fit, values are not finite, or there are no successes or no failures.
@@ -127,10 +124,13 @@ class Rollouts:
     success: npt.NDArray[np.bool_]
     episodes: npt.NDArray[np.int64]
     binding: CriticBinding
+    tasks: npt.NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         """Check shapes, values and outcomes."""
         count = len(self.inputs)
+        if self.tasks is not None and (self.tasks.ndim != 2 or len(self.tasks) != count):
+            raise DatasetError(f"task embeddings have shape {self.tasks.shape}; expected ({count}, E), one a decision.")
         if count == 0 or self.inputs.ndim != 2 or self.inputs.shape[1] == 0:
             raise DatasetError(
                 f"the inputs to learn from have shape {self.inputs.shape}; expected (N, F), both 1 or more. Record episodes "
@@ -186,6 +186,7 @@ class Decisions:
         rewards: (N,) 1 where a chunk solved the task.
         discounts: (N,) gamma^executed; 0 after success.
         following: (N,) the next decision of the same episode; the last one's is itself.
+        tasks: (N, E) embeddings of the tasks.
     """
 
     inputs: Tensor
@@ -194,6 +195,7 @@ class Decisions:
     rewards: Tensor
     discounts: Tensor
     following: Tensor
+    tasks: Tensor
 
 
 @dataclass(frozen=True)
@@ -222,13 +224,12 @@ def td_loss(
     """Return each member's mean squared error (M,) against r + gamma^executed Q'(s', a')."""
     with torch.no_grad():
         following = decisions.following[draws.rows]
-        inputs, chunks = decisions.inputs[following], decisions.chunks[following]
+        seen = (decisions.inputs[following], decisions.chunks[following], decisions.tasks[following])
         if config.backup == "own":
-            ahead = _values(target, inputs, chunks)
+            ahead = _values(target, *seen)
         else:
             how: Aggregation = config.backup
-            members = (len(following), -1, -1)
-            everyone = _values(target, inputs.flatten(0, 1).expand(*members), chunks.flatten(0, 1).expand(*members))
+            everyone = _values(target, *(part.flatten(0, 1).expand(len(following), -1, -1) for part in seen))
             ahead = aggregate(everyone, how).view_as(following)
         targets = decisions.rewards[draws.rows] + decisions.discounts[draws.rows] * ahead
     return _error(network, decisions, draws, config, targets)
@@ -239,12 +240,12 @@ def _error(
 ) -> Tensor:
     inputs = decisions.inputs[draws.rows] + config.input_noise * draws.input_noise
     chunks = decisions.chunks[draws.rows] + config.chunk_noise * draws.chunk_noise
-    return (_values(network, inputs, chunks) - targets).square().mean(1)
+    return (_values(network, inputs, chunks, decisions.tasks[draws.rows]) - targets).square().mean(1)
 
 
-def _values(network: nn.Module, inputs: Tensor, chunks: Tensor) -> Tensor:
-    """Return (M, B) for inputs (M, B, F) and chunks (M, B, D)."""
-    values: Tensor = network(torch.cat([inputs, chunks], -1))
+def _values(network: nn.Module, inputs: Tensor, chunks: Tensor, tasks: Tensor) -> Tensor:
+    """Return (M, B) for inputs (M, B, F), chunks (M, B, D) and task embeddings (M, B, E)."""
+    values: Tensor = network(torch.cat([inputs, chunks, tasks], -1))
     return values.squeeze(-1)
 
 
@@ -256,6 +257,9 @@ class ChunkCriticLearner:
         config: the settings.
         seed: from which weights, held-out episodes and draws descend.
         device: where to train.
+
+    Raises:
+        InvalidInputError: the rollouts' task embeddings have another size than the critic's.
     """
 
     def __init__(
@@ -263,6 +267,12 @@ class ChunkCriticLearner:
     ) -> None:
         check_seed(seed)
         self.config, self.rollouts, self.step = config, rollouts, 0
+        tasks = np.zeros((len(rollouts.inputs), 0), np.float32) if rollouts.tasks is None else rollouts.tasks
+        if tasks.shape[1] != config.critic.task_dim:
+            raise InvalidInputError(
+                f"the rollouts carry task embeddings of {tasks.shape[1]} numbers; the critic was to be made for "
+                f"{config.critic.task_dim}. Give both the same size."
+            )
         inputs = torch.from_numpy(rollouts.inputs)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(child_seed(seed, "weights"))
@@ -283,6 +293,7 @@ class ChunkCriticLearner:
             rewards=on_device(solved.astype(np.float32)),
             discounts=on_device((config.discount**rollouts.executed * ~solved).astype(np.float32)),
             following=on_device(np.where(rollouts.last, count, count + 1)),
+            tasks=on_device(tasks),
         )
         members = config.critic.members
         held_out = np.zeros((members, len(solved)), dtype=bool)
@@ -330,9 +341,9 @@ class ChunkCriticLearner:
     @torch.no_grad()
     def predicted(self) -> Tensor:
         """Return what every member says of every decision, (M, N)."""
-        members = (self.config.critic.members, -1, -1)
-        inputs, chunks = self.decisions.inputs.expand(*members), self.decisions.chunks.expand(*members)
-        return _values(self.critic.network, inputs, chunks)
+        known, members = self.decisions, self.config.critic.members
+        seen = (part.expand(members, -1, -1) for part in (known.inputs, known.chunks, known.tasks))
+        return _values(self.critic.network, *seen)
 
     @torch.no_grad()
     def evaluate(self) -> bool:

@@ -3,7 +3,7 @@
 from counterflow.steering.aggregation import Aggregation, aggregate
 from counterflow.steering.context import Reference, SteeringContext
 from counterflow.steering.continuation import Continuation, ContinueChunk, continuation_weights
-from counterflow.steering.critic import ChunkCritic, CriticBinding, CriticConfig
+from counterflow.steering.critic import ChunkCritic, CriticBinding, CriticConfig, task_embedding
 from counterflow.steering.edit import Chain, Edit, ExecuteReference, HighestValue, Limits, NearestToReference
 from counterflow.steering.guidance import CriticGuidance, FollowReference, Guidance, Together
 from counterflow.steering.guided import Chosen, GuidanceSettings, choose_weight, guide
@@ -61,4 +61,5 @@ __all__ = [
     "guide",
     "steer",
     "steer_learned",
+    "task_embedding",
 ]

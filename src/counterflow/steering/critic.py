@@ -7,12 +7,14 @@ features GAF, arXiv 2607.02092), `HighestValue` keeps the best of several chunks
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from counterflow.errors import CheckpointError, CounterflowError, InvalidInputError, MismatchError, UnknownNameError
 from counterflow.policies import BasePolicy, Normaliser, as_device
@@ -25,6 +27,7 @@ from counterflow.policies.described import (
     weights_path,
 )
 from counterflow.policies.stacked import Norm, StackedMLP
+from counterflow.random import child_seed, generator
 from counterflow.steering.aggregation import Aggregation, aggregate
 from counterflow.steering.context import SteeringContext
 from counterflow.steering.steered import Inputs, frozen, inputs_of
@@ -128,6 +131,16 @@ class CriticBinding:
                 "that it was made for, or train one on rollouts of this policy ('counterflow record --steer base', then "
                 "'counterflow critic')."
             )
+
+
+def task_embedding(text: str, size: int) -> Tensor:
+    """Return a fixed embedding (E,) of a task's name or sentence: the normalised sum of a random direction a word.
+
+    Texts that share words lie nearer to each other; nothing is learned and nothing is downloaded.
+    """
+    words = re.findall(r"[a-z0-9]+", text.lower())
+    vectors = [torch.randn(size, generator=generator(child_seed(0, "word", word))) for word in words]
+    return functional.normalize(torch.stack(vectors).sum(0), dim=0) if vectors else torch.zeros(size)
 
 
 class ChunkCritic(nn.Module):
