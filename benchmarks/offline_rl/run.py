@@ -200,10 +200,10 @@ RUN: dict[str, Callable[[Arguments, Console], None]] = {
 def report() -> None:
     """Write tables into the README and draw the figures, of what has been run."""
     readme = HERE / "README.md"
+    draw_curves()
     for name, write in (
         ("parity", report_parity),
         ("small", report_small),
-        ("curves", report_curves),
         ("prior", report_prior),
         ("speed", report_speed),
     ):
@@ -279,7 +279,7 @@ def table(comparison: Comparison, methods: Sequence[str]) -> list[str]:
     return lines
 
 
-def report_curves() -> str:
+def draw_curves() -> None:
     """Draw success against updates, as the runs reported it on the way (other episodes than the table's)."""
     curves: dict[str, dict[float, Any]] = {}
     for algorithm in ALGORITHMS:
@@ -307,7 +307,6 @@ def report_curves() -> str:
             title="Learning curves",
             subtitle="All tasks and seeds that were run, episodes of their own",
         )
-    return ""
 
 
 def report_prior() -> str:
