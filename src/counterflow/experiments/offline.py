@@ -28,7 +28,7 @@ from counterflow.data.sampling import Weighting
 from counterflow.data.transitions import Chunks, Windows
 from counterflow.envs import EnvSpec, describe, make_env
 from counterflow.errors import InvalidInputError, MismatchError, TrainingError, UnknownNameError
-from counterflow.experiments.evaluate import check_episodes, default_num_envs, evaluate, machine
+from counterflow.experiments.evaluate import check_episodes, evaluate, machine
 from counterflow.experiments.offline_data import load_transitions
 from counterflow.experiments.run import Run, read_config
 from counterflow.learning.fql import FQLConfig, FQLLearner
@@ -48,6 +48,7 @@ LEARNERS: dict[str, type[OfflineLearner[Any, Any]]] = {
     "fql": FQLLearner,
     "ifql": IFQLLearner,
 }
+EVALUATED_AT_ONCE = 4  # environments; each takes some 200 MB beside the training
 CONFIGS: dict[str, type[OfflineConfig]] = {"rql": RQLConfig, "qgf": QGFConfig, "fql": FQLConfig, "ifql": IFQLConfig}
 
 
@@ -471,7 +472,7 @@ def success_of(env: str, algorithm: str, place: str, episodes: int) -> float:
     critic = None if guidance is None else ChunkCritic.load(Path(place) / "critic.safetensors")
     # Seeds of the evaluations on the way differ from those of results: a choice made by these must not colour them.
     seed = child_seed(0, "validation")
-    with make_env(env, default_num_envs(episodes), workers=0) as vector:
+    with make_env(env, min(episodes, EVALUATED_AT_ONCE), workers=0) as vector:
         return evaluate(vector, policy, method, episodes, seed, critic=critic, guidance=guidance).rate.rate
 
 
