@@ -7,6 +7,7 @@ from counterflow.steering.critic import ChunkCritic, CriticBinding, CriticConfig
 from counterflow.steering.edit import Chain, Edit, ExecuteReference, HighestValue, Limits, NearestToReference
 from counterflow.steering.guidance import CriticGuidance, FollowReference, Guidance, Together
 from counterflow.steering.guided import Chosen, GuidanceSettings, choose_weight, guide
+from counterflow.steering.latent import LatentShape, describe_bound, mass_beyond, suggest_bound, to_shell
 from counterflow.steering.learned import (
     ChunkRegressor,
     ExecuteLearned,
@@ -16,6 +17,7 @@ from counterflow.steering.learned import (
     steer_learned,
 )
 from counterflow.steering.methods import MethodName, MethodSettings, steer
+from counterflow.steering.space import Decided, Ports, SteeringSpace
 from counterflow.steering.start import FlowReversal, Gaussian, PartialNoising, Rng, Start
 from counterflow.steering.steered import Plan, SteeredPolicy, features_of
 
@@ -30,6 +32,7 @@ __all__ = [
     "CriticBinding",
     "CriticConfig",
     "CriticGuidance",
+    "Decided",
     "Edit",
     "ExecuteLearned",
     "ExecuteReference",
@@ -39,6 +42,7 @@ __all__ = [
     "Guidance",
     "GuidanceSettings",
     "HighestValue",
+    "LatentShape",
     "LearnedNoise",
     "Limits",
     "MethodName",
@@ -46,19 +50,25 @@ __all__ = [
     "NearestToReference",
     "PartialNoising",
     "Plan",
+    "Ports",
     "Reference",
     "RegressorConfig",
     "Rng",
     "Start",
     "SteeredPolicy",
     "SteeringContext",
+    "SteeringSpace",
     "Together",
     "aggregate",
     "binding_of",
     "choose_weight",
     "continuation_weights",
+    "describe_bound",
     "features_of",
     "guide",
+    "mass_beyond",
     "steer",
     "steer_learned",
+    "suggest_bound",
+    "to_shell",
 ]
