@@ -287,7 +287,8 @@ class AnchorsLearner(SACLearner[DSRLConfig]):
         order = torch.zeros((len(self.seeds), self.config.members), device=self.device)
         values = self.networks["critic"].ensemble(looked)[..., 0].float()
         full = values if not self.config.subset else values[:, : self.config.subset]
-        return aggregated(full, self.config, order).unflatten(1, (-1, count))
+        scores: Tensor = aggregated(full, self.config, order).unflatten(1, (-1, count))
+        return scores
 
     @torch.no_grad()
     def choose(self, latents: Tensor, scores: Tensor, weights: Tensor | None = None, *, explore: bool = True) -> Tensor:

@@ -1,5 +1,6 @@
 """Steering: a frozen policy with a hand on the wheel at up to three places."""
 
+from counterflow.steering.actor import ActorConfig, SteeringActor, steer_actor
 from counterflow.steering.aggregation import Aggregation, aggregate
 from counterflow.steering.context import Reference, SteeringContext
 from counterflow.steering.continuation import Continuation, ContinueChunk, continuation_weights
@@ -22,6 +23,7 @@ from counterflow.steering.start import FlowReversal, Gaussian, PartialNoising, R
 from counterflow.steering.steered import Plan, SteeredPolicy, features_of
 
 __all__ = [
+    "ActorConfig",
     "Aggregation",
     "Chain",
     "Chosen",
@@ -56,6 +58,7 @@ __all__ = [
     "Rng",
     "Start",
     "SteeredPolicy",
+    "SteeringActor",
     "SteeringContext",
     "SteeringSpace",
     "Together",
@@ -68,6 +71,7 @@ __all__ = [
     "guide",
     "mass_beyond",
     "steer",
+    "steer_actor",
     "steer_learned",
     "suggest_bound",
     "to_shell",
