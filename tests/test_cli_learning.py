@@ -264,3 +264,62 @@ class TestBadInput:
         monkeypatch.chdir(tmp_path)
         assert words in failure(capsys, *arguments)
         assert not list(tmp_path.iterdir())
+
+
+class TestOnline:
+    def test_settings_reach_the_run(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """Every option lands where it belongs: the algorithm's settings, the run's, the seeds, the sources."""
+        import counterflow.cli_online as module
+
+        seen: dict[str, Any] = {}
+
+        def keep(console: Any, algorithm: str, env: str, out: Path, config: Any, settings: Any, *rest: Any) -> None:
+            seen.update(algorithm=algorithm, env=env, out=out, config=config, settings=settings, rest=rest)
+
+        monkeypatch.setattr(module, "run_online", keep)
+        arguments = ["train", "dsrl", TASK, "--variant", "aliasing", "--seeds", "2", "--seed", "5", "--bound", "1.25"]
+        arguments += [
+            "--prefill",
+            str(tmp_path),
+            "--set",
+            "update_ratio=3",
+            "rank=4",
+            "target_entropy=-2",
+            "--latent",
+            "low_rank",
+        ]
+        assert main(arguments) == 0
+        config, settings = seen["config"], seen["settings"]
+        assert (config.variant, config.update_ratio, config.target_entropy) == ("aliasing", 3, -2.0)
+        assert (settings.bound, settings.latent, settings.rank) == (1.25, "low_rank", 4)
+        assert [*seen["rest"][0]] == [5, 6]
+        assert seen["rest"][1] == tmp_path
+        assert (
+            main(["train", "rfs", TASK, "--ports", "latent", "--residual-bound", "0.1", "0.2", "--preset", "paper"])
+            == 0
+        )
+        assert (seen["algorithm"], seen["settings"].ports, seen["settings"].residual_bound) == (
+            "rfs",
+            "latent",
+            (0.1, 0.2),
+        )
+        assert main(["train", "residual", TASK, "--reward", "dense", "--decisions", "7", "--num-envs", "3"]) == 0
+        assert (seen["settings"].reward, seen["settings"].decisions, seen["settings"].num_envs) == ("dense", 7, 3)
+
+    def test_settings_of_algorithm_and_run_have_different_names(self) -> None:
+        from dataclasses import fields
+
+        from counterflow.experiments.online_settings import CONFIGS, OnlineRun
+
+        of_run = {field.name for field in fields(OnlineRun)}
+        for config in CONFIGS.values():
+            assert not of_run & {field.name for field in fields(config)}
+
+    def test_a_setting_that_is_not_there(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "unknown setting 'updates'" in failure(capsys, "train", "dsrl", TASK, "--set", "updates=3")
+        assert "expected a int" in failure(capsys, "train", "dsrl", TASK, "--set", "update_ratio=x")
+
+    def test_an_actor_is_asked_for_and_not_there(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "needs an actor" in failure(
+            capsys, "eval", TASK, "--steer", "actor", "--episodes", "1", "--num-envs", "1"
+        )

@@ -105,8 +105,8 @@ class Eval:
     """The task, for example ogbench/cube-single-task1."""
     steer: SteerName | LearnedName | GuidedName = "frs"
     """base: the policy alone; direct: the reference itself; frs: flow reversal steering; partial: partial noising; rank:
-    sample-and-rank; dsbc, bc: what 'counterflow distill' learned, see --noise-policy; qgf: guided by a critic's gradient, see
-    --critic, which guides frs, dsbc and others, too."""
+    sample-and-rank; dsbc, bc: what 'counterflow distill' learned, actor: what online learning made, see --noise-policy; qgf:
+    guided by a critic's gradient, see --critic, which guides frs, dsbc and others, too."""
     episodes: int = 50
     """How many episodes."""
     seed: int = 0
@@ -116,7 +116,7 @@ class Eval:
     policy: str | None = None
     """A checkpoint, a run folder, or lerobot: and a hub id or folder; default: the shipped prior of the task's family."""
     noise_policy: Path | None = None
-    """What 'counterflow distill' wrote, for --steer dsbc (or bc)."""
+    """What 'counterflow distill' wrote, for --steer dsbc or bc; or 'counterflow train dsrl' and its kin, for --steer actor."""
     num_envs: int | None = None
     """Environments stepped side by side; the result does not depend on it."""
     device: str = "cpu"
@@ -130,11 +130,12 @@ class Eval:
         from counterflow.experiments.evaluate import evaluate, load_prior, open_env
         from counterflow.experiments.progress import progress_bar
         from counterflow.files import write_json
-        from counterflow.steering import ChunkRegressor
+        from counterflow.steering import ChunkRegressor, SteeringActor
 
         prior = load_prior(self.env, self.policy, self.device)
-        learned = None if self.noise_policy is None else ChunkRegressor.load(self.noise_policy, self.device)
-        if learned is not None and self.steer not in ("dsbc", "bc"):
+        kind = SteeringActor if self.steer == "actor" else ChunkRegressor
+        learned = None if self.noise_policy is None else kind.load(self.noise_policy, self.device)
+        if learned is not None and self.steer not in ("dsbc", "bc", "actor"):
             raise InvalidInputError(f"--noise-policy is of no use to --steer {self.steer}; did you mean --steer dsbc?")
         critic = self.guiding.load(self.policy, self.device, needed=self.steer == "qgf")
         with (
@@ -525,6 +526,58 @@ class Analyse:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """Measure how far a policy can be steered, before any training: by its noise, by residuals, by references."""
+
+    env: tyro.conf.Positional[str]
+    """The task, for example ogbench/cube-single-task4."""
+    policy: str | None = None
+    """A checkpoint, a run folder, or lerobot: and a hub id or folder; default: the shipped prior of the task's family."""
+    episodes: int = 20
+    """For each way of steering."""
+    draws: int = 6
+    """Noises that are held fixed."""
+    steps: int = 5
+    """K, denoising steps."""
+    seed: int = 0
+    """What every episode descends from."""
+    json: Path | None = None
+    """Where to write the numbers."""
+    figure: Path | None = None
+    """Where to draw the page of figures (.png)."""
+    num_envs: int | None = None
+    """Environments stepped side by side."""
+
+    def run(self, console: Console) -> None:
+        """Probe, with progress, and print what is recommended."""
+        from counterflow.experiments.evaluate import load_prior, open_env
+        from counterflow.experiments.figures import steerability
+        from counterflow.experiments.probe import probe, runs_of
+        from counterflow.experiments.progress import progress_bar
+        from counterflow.files import write_json
+
+        prior = load_prior(self.env, self.policy)
+        total = runs_of(self.draws) * self.episodes
+        with (
+            open_env(self.env, self.episodes, num_envs=self.num_envs) as env,
+            progress_bar(console, f"probing {self.env}", total, "episodes") as update,
+        ):
+            found = probe(
+                env, prior, self.episodes, self.seed, draws=self.draws, steps=self.steps, on_episode=_Count(update)
+            )
+        fixed = sorted(100 * rate.rate for rate in found.fixed)
+        console.print(
+            f"base {found.base}; noises held fixed {fixed[0]:.0f} to {fixed[-1]:.0f}%\n"
+            f"recommended: bound {found.bound:g}, latent {found.latent}, residual deviation {found.residual_std:g}"
+        )
+        if self.json is not None:
+            write_json(self.json, found.to_json())
+            console.print(f"  {self.json}")
+        if self.figure is not None:
+            console.print(f"  {steerability(found, self.figure, title=self.env)}")
+
+
+@dataclass(frozen=True)
 class Demo:
     """See a frozen policy fail, and succeed when it is steered: a table, a figure and a video, in about two minutes."""
 
@@ -557,6 +610,7 @@ Command = (
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Film, tyro.conf.subcommand("film")]
     | Annotated[Analyse, tyro.conf.subcommand("analyse")]
+    | Annotated[Probe, tyro.conf.subcommand("probe")]
     | Annotated[Serve, tyro.conf.subcommand("serve")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )

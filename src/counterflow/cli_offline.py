@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import tyro
 from rich.console import Console
 
+from counterflow.cli_options import changed
 from counterflow.envs import family_of
-from counterflow.errors import InvalidInputError, UnknownNameError
 from counterflow.experiments.offline import OfflineProgress, OfflineRun, train_offline
 from counterflow.experiments.presets import PresetName, preset
 from counterflow.experiments.progress import progress_bar
@@ -92,28 +91,6 @@ class TrainIFQL(OfflineOptions):
     def run(self, console: Console) -> None:
         """Train."""
         self.train(console, "ifql")
-
-
-def changed(config: OfflineConfig, settings: Sequence[str]) -> OfflineConfig:
-    """Return the settings with some of them changed, each given as NAME=VALUE.
-
-    Raises:
-        InvalidInputError: one is not written so, or its value is not of the setting's kind.
-        UnknownNameError: no such setting.
-    """
-    values: dict[str, Any] = {}
-    for one in settings:
-        name, equals, text = one.partition("=")
-        if not equals:
-            raise InvalidInputError(f"a setting was given as {one!r}; expected NAME=VALUE, for example alpha=3.")
-        if name not in {field.name for field in fields(config)}:
-            raise UnknownNameError("setting", name, [field.name for field in fields(config)])
-        kind = type(getattr(config, name))
-        try:
-            values[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-        except (ValueError, KeyError):
-            raise InvalidInputError(f"the setting {name} was given as {text!r}; expected a {kind.__name__}.") from None
-    return replace(config, **values)
 
 
 def run_offline(

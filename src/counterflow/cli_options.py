@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from counterflow.errors import InvalidInputError
+from counterflow.errors import InvalidInputError, UnknownNameError
 
 if TYPE_CHECKING:
     from counterflow.steering import ChunkCritic, GuidanceSettings, MethodSettings
 
 SteerName = Literal["base", "direct", "frs", "partial", "rank"]
-LearnedName = Literal["dsbc", "bc"]
+LearnedName = Literal["dsbc", "bc", "actor"]
 GuidedName = Literal["qgf"]
 
 
@@ -93,3 +94,35 @@ class Guiding:
                 "--critic."
             )
         return None
+
+
+Settings = TypeVar("Settings")
+
+
+def changed(config: Settings, settings: Sequence[str]) -> Settings:
+    """Return settings (a dataclass) with some of them changed, each given as NAME=VALUE; several numbers as 0.1,0.2.
+
+    Raises:
+        InvalidInputError: one is not written so, or its value is not of the setting's kind.
+        UnknownNameError: no such setting.
+    """
+    values: dict[str, Any] = {}
+    for one in settings:
+        name, equals, text = one.partition("=")
+        if not equals:
+            raise InvalidInputError(f"a setting was given as {one!r}; expected NAME=VALUE, for example alpha=3.")
+        names = [field.name for field in fields(config)]  # type: ignore[arg-type]
+        if name not in names:
+            raise UnknownNameError("setting", name, names)
+        kind = type(getattr(config, name))
+        try:
+            if kind is bool:
+                values[name] = {"true": True, "false": False}[text.lower()]
+            elif kind is tuple:
+                values[name] = tuple(float(part) for part in text.split(","))
+            else:
+                values[name] = float(text) if kind is type(None) else kind(text)
+        except (ValueError, KeyError):
+            expected = "number" if kind is type(None) else kind.__name__
+            raise InvalidInputError(f"the setting {name} was given as {text!r}; expected a {expected}.") from None
+    return replace(config, **values)  # type: ignore[type-var]

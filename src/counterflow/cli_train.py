@@ -10,11 +10,14 @@ import tyro
 from rich.console import Console
 
 from counterflow.cli_offline import TrainFQL, TrainIFQL, TrainQGF, TrainRQL, run_offline
+from counterflow.cli_online import TrainDSRL, TrainResidual, TrainRFS, run_online
 from counterflow.envs import family_of
 from counterflow.errors import InvalidInputError
 from counterflow.experiments.critic import train_critic
 from counterflow.experiments.distill import Windows, distill
 from counterflow.experiments.offline import read_offline_settings
+from counterflow.experiments.online import read_online_settings
+from counterflow.experiments.online_settings import CONFIGS as ONLINE
 from counterflow.experiments.presets import PresetName, cloning_preset
 from counterflow.experiments.progress import progress_bar
 from counterflow.experiments.run import read_config
@@ -71,7 +74,17 @@ class TrainResume:
 
     def run(self, console: Console) -> None:
         """Train, with progress."""
-        if read_config(self.run_folder / "config.yaml").get("algorithm") != "bc":
+        algorithm = read_config(self.run_folder / "config.yaml").get("algorithm")
+        if algorithm in ONLINE:
+            about, online, run = read_online_settings(self.run_folder)
+            prefill, noise = (
+                None if about[name] is None else Path(about[name]) for name in ("prefill", "noise_policy")
+            )
+            out, seeds = self.out or self.run_folder, about["seeds"]
+            sources = prefill, noise, about["policy"]
+            run_online(console, str(algorithm), about["env"], out, online, run, seeds, *sources, self.device)
+            return
+        if algorithm != "bc":
             algorithm, data, env, seeds, offline, settings = read_offline_settings(self.run_folder)
             out = self.out or self.run_folder
             run_offline(console, algorithm, data, env, out, offline, settings, seeds, self.device)
@@ -179,6 +192,9 @@ TrainCommand = (
     | Annotated[TrainQGF, tyro.conf.subcommand("qgf")]
     | Annotated[TrainFQL, tyro.conf.subcommand("fql")]
     | Annotated[TrainIFQL, tyro.conf.subcommand("ifql")]
+    | Annotated[TrainDSRL, tyro.conf.subcommand("dsrl")]
+    | Annotated[TrainResidual, tyro.conf.subcommand("residual")]
+    | Annotated[TrainRFS, tyro.conf.subcommand("rfs")]
     | Annotated[TrainResume, tyro.conf.subcommand("resume")]
 )
 

@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from counterflow.binding import Binding
 from counterflow.errors import DatasetError, InvalidInputError, MismatchError
 from counterflow.learning import DSBCConfig, DSBCLearner, NoiseExamples, distil
 from counterflow.learning.dsbc import Draws, Progress, hold_out, join, regression_loss
+from counterflow.policies import ActionSpec, FieldPolicy
 from counterflow.policies.ensemble import EnsembleMLP
-from counterflow.steering import ChunkRegressor, RegressorConfig
+from counterflow.steering import ChunkRegressor, LatentShape, LearnedNoise, RegressorConfig, SteeringContext
 
 BINDING = Binding("abc", "ogbench/x", 2, 3, 5)
 INPUTS = 4
@@ -439,3 +441,30 @@ except AssertionError:
 """
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert found.stdout == "done\n"
+
+
+@pytest.mark.parametrize(
+    "shape", [LatentShape("repeated"), LatentShape("low_rank", 2), LatentShape("low_rank", 2, "zero")]
+)
+def test_a_part_of_the_noise_is_learned_and_the_rest_is_the_priors(shape: LatentShape, tmp_path: Path) -> None:
+    """What the network says is expanded; a low-rank latent's rest is drawn, a repeated one is the mean over time."""
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(64, 3)).astype(np.float32)
+    coefficients = np.stack([inputs[:, :2]] * 4, 1) * np.linspace(0.5, 1, 4, dtype=np.float32)[:, None]
+    binding = Binding("p", "f", 4, 2, 5)
+    shown = NoiseExamples(inputs, coefficients.astype(np.float32), np.arange(64), binding)
+    config = DSBCConfig(
+        RegressorConfig(members=1, width=32, depth=1, latent=shape), steps=300, dropout=0.0, input_noise=0.0
+    )
+    regressor = distil(shown, config)
+    said = regressor(torch.from_numpy(inputs))
+    wanted = shape.expand(shape.project(torch.from_numpy(shown.targets)), 4)
+    assert (said - wanted).abs().mean() < 0.25
+    assert ChunkRegressor.load(regressor.save(tmp_path / "x")).config.latent == shape
+    spec = ActionSpec(4, 2)
+    base = FieldPolicy(lambda x, t, _: -x, spec, encode=lambda seen: seen)
+    context = SteeringContext(None, 64, observation=torch.from_numpy(inputs))
+    regressor.config = replace(regressor.config, inputs="observation")
+    noises = [LearnedNoise(regressor)(base, context, torch.Generator().manual_seed(seed))[0] for seed in (0, 1)]
+    assert torch.equal(*noises) == (shape.rest == "zero" or shape.kind == "repeated")
+    torch.testing.assert_close(shape.project(noises[0]), shape.project(said), atol=1e-5, rtol=1e-5)

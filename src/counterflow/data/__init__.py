@@ -19,6 +19,7 @@ from counterflow.data.steering_episode import SteeringEpisode
 
 if TYPE_CHECKING:
     from counterflow.data.goals import ACTOR_GOALS, VALUE_GOALS, GoalSampler, GoalShares
+    from counterflow.data.replay import Mix, Recorded, Replay, ReplayBatch
     from counterflow.data.sampling import ChunkBatch, ChunkSampler
     from counterflow.data.transitions import Chunks, TransitionDataset, Windows, WindowSampler
 
@@ -33,7 +34,11 @@ __all__ = [
     "EpisodeDataset",
     "GoalSampler",
     "GoalShares",
+    "Mix",
     "Recipe",
+    "Recorded",
+    "Replay",
+    "ReplayBatch",
     "SliceStream",
     "SteeringDataset",
     "SteeringEpisode",
@@ -47,6 +52,7 @@ __all__ = [
 
 _WITH_TORCH = {
     "goals": ("ACTOR_GOALS", "VALUE_GOALS", "GoalSampler", "GoalShares"),
+    "replay": ("Mix", "Recorded", "Replay", "ReplayBatch"),
     "sampling": ("ChunkBatch", "ChunkSampler"),
     "transitions": ("Chunks", "TransitionDataset", "WindowSampler", "Windows"),
 }

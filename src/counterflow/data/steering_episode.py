@@ -17,6 +17,8 @@ features            (C, F)     float32, optional: the policy's own features of t
 step_observations   (T, O)     float32, optional: what was seen before each executed action
 step_actions        (T, A)     float32, optional: the executed actions, in the environment's units
 rewards             (T,)       float32, optional: what each executed action earned
+base_noise          (C, H, L)  float32, optional: where the policy's own flow started, also where an expert acted
+base_chunks         (C, H, L)  float32, optional: what the policy would have executed, normalised
 ==================  =========  ==================================================================================
 
 Any other array of numbers with C or T rows may lie beside them.
@@ -60,6 +62,8 @@ OPTIONAL = {
     "step_observations": (np.float32, "TO"),
     "step_actions": (np.float32, "TA"),
     "rewards": (np.float32, "T"),
+    "base_noise": (np.float32, "CHL"),
+    "base_chunks": (np.float32, "CHL"),
 }
 
 ABOUT = "episode"  # the member of a file that holds its json, and the name of the ids of `concatenated`

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from counterflow.policies import ActionSpec, BasePolicy
 from counterflow.random import RowGenerators, check_seed, child_seed
 from counterflow.reasoners import Expert, oracle_expert
 from counterflow.reasoners.progress import remaining
-from counterflow.steering import ChunkRegressor, SteeredPolicy, steer_learned
+from counterflow.steering import ChunkRegressor, LatentShape, SteeredPolicy, steer_learned
 
 MakeRule = Callable[[], InterventionRule]
 MakeExpert = Callable[[], Expert]
@@ -119,7 +119,7 @@ def dagger(
             "first": first,
             "episodes": episodes,
             "seed": check_seed(seed),
-            "config": asdict(config),
+            "config": _settings_of(config),
             "rule": _name_of(make_rule()),
         }
     )
@@ -225,6 +225,8 @@ def run_with_expert(
         fresh = {}
         for row, (decision, success, over) in sorted(made.items()):
             episode = episodes[playing[row]]
+            own = plan.noise[row].float().cpu().numpy(), plan.chunk[row].float().cpu().numpy()
+            decision = replace(decision, base_noise=own[0], base_chunk=own[1])  # what corrections correct
             episode.decisions.append(decision)
             episode.chunks += 1
             episode.steps += len(decision.step_actions)
@@ -362,6 +364,14 @@ def _disagreement(
         members = regressor.members(torch.from_numpy(shown))
     spread: npt.NDArray[np.float64] = members.std(0, correction=0).mean((1, 2)).double().cpu().numpy()
     return spread
+
+
+def _settings_of(config: DAggerConfig) -> dict[str, Any]:
+    """Return settings as plain values; the latent's shape only where it isn't full, so that earlier runs go on."""
+    content = asdict(config)
+    if config.distillation.regressor.latent == LatentShape():
+        del content["distillation"]["regressor"]["latent"]
+    return content
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

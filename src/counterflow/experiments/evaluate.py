@@ -27,14 +27,18 @@ from counterflow.steering import (
     GuidanceSettings,
     MethodSettings,
     SteeredPolicy,
+    SteeringActor,
     guide,
     steer,
+    steer_actor,
     steer_learned,
 )
 
 MAX_EPISODES = 100_000
 LEARNED = {"dsbc": "noise", "bc": "action"}
 """Methods that are driven by a learned chunk, and what it was trained on."""
+ACTOR = "actor"
+"""What reinforcement learning made: a latent, a residual, or both."""
 GUIDED = "qgf"
 """The policy alone, guided by a critic; with a critic the other methods are guided, too."""
 UNGUIDED = ("direct", "bc")
@@ -193,7 +197,7 @@ def evaluate(
     *,
     settings: MethodSettings | None = None,
     reasoner: ReasonerSettings | None = None,
-    learned: ChunkRegressor | None = None,
+    learned: ChunkRegressor | SteeringActor | None = None,
     critic: ChunkCritic | None = None,
     guidance: GuidanceSettings | None = None,
     on_episode: Callable[[Episode], None] | None = None,
@@ -205,12 +209,12 @@ def evaluate(
     Args:
         env: the task, vectorised; it stays open.
         policy: the frozen base policy.
-        method: "base", "direct", "frs", "partial" or "rank"; with `learned`, "dsbc" or "bc"; with `critic`, "qgf".
+        method: "base", "direct", "frs", "partial" or "rank"; with `learned`, "dsbc", "bc" or "actor"; with `critic`, "qgf".
         episodes: how many.
         seed: what they descend from.
         settings: of the method.
-        reasoner: who gives references; nobody does for "base", "qgf", "dsbc" and "bc".
-        learned: the noise policy of "dsbc", or the action policy of "bc".
+        reasoner: who gives references; nobody does for "base", "qgf", "dsbc", "bc" and "actor".
+        learned: the noise policy of "dsbc", the action policy of "bc", or the actor of "actor".
         critic: what guides the flow: that of the policy alone ("qgf"), or, beside it, of "frs", "dsbc" and others.
         guidance: how; a weight that is to be found costs episodes of its own, which aren't counted as results.
         on_episode: called as each episode finishes.
@@ -223,7 +227,7 @@ def evaluate(
     settings = MethodSettings() if settings is None else settings
     reasoner = ReasonerSettings() if reasoner is None else reasoner
     steered = steered_by(policy, method, settings, learned)
-    make_reasoner = None if method in ("base", GUIDED, *LEARNED) else reasoner.maker(env.spec.name)
+    make_reasoner = None if method in ("base", GUIDED, ACTOR, *LEARNED) else reasoner.maker(env.spec.name)
     own = own_settings(method, settings) | ({} if learned is None else {"learned": learned.fingerprint})
     if critic is not None or method == GUIDED:
         critic, guidance = _guiding(method, critic), GuidanceSettings() if guidance is None else guidance
@@ -265,7 +269,10 @@ def evaluate(
 
 
 def steered_by(
-    policy: BasePolicy, method: str, settings: MethodSettings, learned: ChunkRegressor | None = None
+    policy: BasePolicy,
+    method: str,
+    settings: MethodSettings,
+    learned: ChunkRegressor | SteeringActor | None = None,
 ) -> SteeredPolicy:
     """Return `policy` steered by any method that has a name, zero-shot or learned; a critic goes on top (`guide`).
 
@@ -274,6 +281,15 @@ def steered_by(
         MismatchError: what was learned belongs to another policy, or serves another method.
         InvalidInputError: a setting is out of range, or nothing was given for a method that needs something learned.
     """
+    if method == ACTOR:
+        if not isinstance(learned, SteeringActor):
+            raise InvalidInputError(
+                "'actor' needs an actor, and none was given. Train one: 'counterflow train dsrl', 'residual' or 'rfs', and pass "
+                "it with --noise-policy."
+            )
+        return steer_actor(policy, learned)
+    if isinstance(learned, SteeringActor):
+        raise MismatchError(f"an actor was given for {method!r}; use {ACTOR!r}.")
     if method in LEARNED:
         return _learned(policy, method, settings, learned)
     return steer(policy, "base" if method == GUIDED else method, settings)
@@ -326,6 +342,7 @@ def own_settings(method: str, settings: MethodSettings) -> dict[str, Any]:
         "rank": {"steps": settings.steps, "candidates": settings.candidates, "distance": settings.distance},
         "dsbc": {"perturbation": settings.perturbation},
         "bc": {},
+        ACTOR: {},
     }
     return dict(own[method])
 

@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,9 @@ from counterflow.experiments.style import (
     sheet,
     styled,
 )
+
+if TYPE_CHECKING:  # a probe runs policies, for which figures need no torch
+    from counterflow.experiments.probe import Steerability
 
 _LINE: Mapping[str, Any] = {
     "linewidth": 2.0,
@@ -403,6 +406,61 @@ def paths_1d(
             axes.set_yticks([])
             axes.spines["bottom"].set_visible(False)
         noise.set_yticks(_whole_ticks(marginals.positions))
+        return save(figure, path)
+
+
+def steerability(found: Steerability, path: Path | str, *, title: str = "") -> Path:
+    """Draw a probe's page: fixed noises, random residuals, latent shapes, reach against the noise bound.
+
+    Args:
+        found: what the probe found.
+        path: where the PNG goes.
+        title: the task, for example.
+
+    Returns:
+        The PNG's path.
+
+    Raises:
+        StorageError: the file can't be written.
+    """
+    with styled():
+        recommended = f"bound {found.bound:g}, latent {found.latent}, residual deviation {found.residual_std:g}"
+        notes = _episodes_note([found.base])
+        figure, frame = sheet(
+            9.6, 2.3, title or found.env, f"Recommended: {recommended}", {}, notes, below=0.75, panel_titles=True
+        )
+        grid = figure.add_gridspec(1, 4, wspace=0.5, **frame)
+        first, second, third, fourth = (figure.add_subplot(grid[0, column]) for column in range(4))
+        ordered = sorted(found.fixed, key=lambda rate: rate.rate)
+        for axes, heading, places, rates in (
+            (first, "noise held fixed", range(len(ordered)), ordered),
+            (second, "random residual", range(len(found.residual)), list(found.residual.values())),
+            (third, "latent shape", range(len(found.shapes)), list(found.shapes.values())),
+        ):
+            axes.set_title(heading)
+            for place, rate in zip(places, rates, strict=True):
+                axes.vlines(place, 100 * rate.interval.low, 100 * rate.interval.high, color=SHADE, linewidth=3)
+                axes.plot(place, 100 * rate.rate, color=METHOD_COLOURS["frs"], **{**_RESULT, "clip_on": False})
+            axes.axhline(100 * found.base.rate, color=METHOD_COLOURS["base"], **_LEVEL)
+            axes.set_xlim(-0.5, len(rates) - 0.5)
+            _percent_axis(axes)
+        first.set_xticks([])
+        first.set_xlabel("draws; dashed: the base")
+        second.set_xticks(range(len(found.residual)), [f"{std:g}" for std in found.residual])
+        second.set_xlabel("deviation, action units")
+        third.set_xticks(range(len(found.shapes)), [textwrap.fill(name, 10) for name in found.shapes], fontsize=7.0)
+        fourth.set_title("reach")
+        bounded = [bound for bound in found.reach if math.isfinite(bound)]
+        fourth.plot(
+            bounded,
+            [100 * found.reach[bound] for bound in bounded],
+            color=METHOD_COLOURS["frs"],
+            **{**_LINE, "clip_on": False},
+        )
+        fourth.axhline(100 * found.reach[math.inf], color=METHOD_COLOURS["base"], **_LEVEL)
+        fourth.set_ylabel("motion that comes out, %")
+        fourth.set_xlabel("noise bound; dashed: none")
+        fourth.grid(axis="y")
         return save(figure, path)
 
 

@@ -12,7 +12,9 @@ Evaluation goes on in a process of its own while the training continues; its num
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -443,7 +445,8 @@ class Evaluations:
             if place in self._pending or not (place / "policy.safetensors").exists():
                 continue
             if self._pool is None:
-                self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+                context = multiprocessing.get_context("spawn")
+                self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=leave_with, initargs=(os.getpid(),))
             arguments = (self._env, self._algorithm, str(place), self._episodes)
             self._pending[place] = self._pool.submit(success_of, *arguments)
 
@@ -462,6 +465,17 @@ class Evaluations:
         for future in list(self._pending.values()):
             future.result()
         self.collect()
+
+
+def leave_with(parent: int) -> None:
+    """Have this process end soon after its parent did, however that came about: a pool's worker would wait for ever."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def success_of(env: str, algorithm: str, place: str, episodes: int) -> float:

@@ -191,6 +191,12 @@ def arrays_of(decisions: Sequence[Decision]) -> dict[str, npt.NDArray[Any]]:
         "step_actions": np.concatenate([one.step_actions for one in decisions]),
         "rewards": np.concatenate([one.rewards for one in decisions]),
     }
+    for name, values in (
+        ("base_noise", [one.base_noise for one in decisions if one.base_noise is not None]),
+        ("base_chunks", [one.base_chunk for one in decisions if one.base_chunk is not None]),
+    ):
+        if len(values) == len(decisions):
+            arrays[name] = np.stack(values)
     features = [one.features for one in decisions if one.features is not None]
     if len(features) == len(decisions):
         arrays["features"] = np.stack(features)

@@ -42,6 +42,8 @@ class Decision:
         step_observations: (T, O) before each of the T executed actions.
         step_actions: (T, A) the executed actions, environment units.
         rewards: (T,).
+        base_noise: (H, A) where the policy's own flow started, also where an expert acted; None where it isn't known.
+        base_chunk: (H, A) normalised, what the policy would have executed.
     """
 
     observation: npt.NDArray[np.float32]
@@ -56,6 +58,8 @@ class Decision:
     step_observations: npt.NDArray[np.float32]
     step_actions: npt.NDArray[np.float32]
     rewards: npt.NDArray[np.float32]
+    base_noise: npt.NDArray[np.float32] | None = None
+    base_chunk: npt.NDArray[np.float32] | None = None
 
 
 @dataclass

@@ -219,7 +219,7 @@ class DSBCLearner:
         check_seed(seed)
         self.config, self.step = config, 0
         inputs = torch.from_numpy(examples.inputs)
-        targets = torch.from_numpy(examples.targets.reshape(len(inputs), -1))
+        targets = config.regressor.latent.project(torch.from_numpy(examples.targets)).flatten(1)
         if initial is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(child_seed(seed, "weights"))

@@ -17,8 +17,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from counterflow.errors import CheckpointError, InvalidInputError
+from counterflow.errors import InvalidInputError
 from counterflow.learning.bc import Precision, can_compile, choose_precision
+from counterflow.learning.state import pack_state, unpack_state
 from counterflow.policies import NetworkConfig, as_device
 from counterflow.policies.stacked import StackedMLP
 from counterflow.random import check_seed, child_seed, generator
@@ -251,13 +252,8 @@ class OfflineLearner(ABC, Generic[Config, Batch]):
 
     def state(self) -> dict[str, Tensor]:
         """Return everything that continuing with the same numbers needs, by name."""
-        found = {f"network.{name}": value for name, value in self._modules.state_dict().items()}
-        for index, entry in self._optimiser.state_dict()["state"].items():
-            found |= {f"optimiser.{index}.{name}": value for name, value in entry.items()}
         begins = self._block_begins if self.step % BLOCK else [rng.get_state() for rng in self._rngs]
-        found |= {f"rng.{index}": begin for index, begin in enumerate(begins)}
-        found["step"] = torch.tensor(self.step)
-        return {name: value.detach().cpu().clone() for name, value in found.items()}
+        return pack_state(self._modules, self._optimiser, begins, self.step)
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Continue from what `state` returned.
@@ -265,24 +261,7 @@ class OfflineLearner(ABC, Generic[Config, Batch]):
         Raises:
             CheckpointError: the state is not one of a learner with these settings.
         """
-        try:
-            own = {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}
-            self._modules.load_state_dict(own)
-            entries: dict[int, dict[str, Tensor]] = {}
-            for name, value in state.items():
-                if name.startswith("optimiser."):
-                    _, index, key = name.split(".", 2)
-                    entries.setdefault(int(index), {})[key] = value
-            groups = self._optimiser.state_dict()["param_groups"]
-            self._optimiser.load_state_dict({"state": entries, "param_groups": groups})
-            for number, rng in enumerate(self._rngs):
-                rng.set_state(state[f"rng.{number}"])
-            self.step, self._block = int(state["step"]), None
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"the training state does not fit these networks and optimiser: {error}. Resume with the settings and seeds "
-                "that the run began with, or begin a new run."
-            ) from error
+        self.step, self._block = unpack_state(state, self._modules, self._optimiser, self._rngs), None
 
     def finite(self) -> bool:
         """Whether every weight is finite (waits for the device)."""

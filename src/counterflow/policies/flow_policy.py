@@ -106,6 +106,9 @@ class FlowPolicy(nn.Module):
         """Where it computes."""
         return next(self.network.parameters()).device
 
+    # What `features` returns is all that `velocity` needs: whoever keeps features can denoise from them.
+    features_are_context = True
+
     @property
     def has_flow(self) -> bool:
         """Whether it can be stopped on the way, reversed and guided; a policy of one step can't."""

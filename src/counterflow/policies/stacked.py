@@ -6,7 +6,8 @@ The variants are those of the official offline-RL code (methods' networks must a
     norm "after"   [Dense, gelu, LayerNorm] x depth, Dense         RQL's and FQL's value networks
     norm "before"  [Dense, LayerNorm, gelu] x depth, Dense         QGF (its policy: not on the last hidden layer)
 
-gelu is the tanh approximation, layer norms have an epsilon of 1e-6 and their own scale and offset, as in flax.
+gelu is the tanh approximation; another activation may stand in its place (the online learners'). Layer norms have an epsilon of
+1e-6 and their own scale and offset, as in flax.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.nn import functional
 from counterflow.errors import InvalidInputError, UnknownNameError
 
 Norm = Literal["none", "after", "before"]
+Activation = Literal["gelu", "tanh", "relu", "elu"]
 EPSILON = 1e-6
 
 
@@ -37,10 +39,11 @@ class StackedMLP(nn.Module):
         depth: hidden layers; not read where `width` says each.
         norm: where layer norms stand, see the top of this file.
         norm_last: whether the last hidden layer has one.
+        activation: "gelu" (the offline learners'), "tanh" (DSRL's), "relu" or "elu".
 
     Raises:
         InvalidInputError: a size is not positive.
-        UnknownNameError: no such norm.
+        UnknownNameError: no such norm or activation.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class StackedMLP(nn.Module):
         norm: Norm = "none",
         *,
         norm_last: bool = True,
+        activation: Activation = "gelu",
     ) -> None:
         hidden = [width] * depth if isinstance(width, int) else list(width)
         for name, value in (("inputs", inputs), ("outputs", outputs), ("count", count), ("hidden layers", len(hidden))):
@@ -64,9 +68,11 @@ class StackedMLP(nn.Module):
             )
         if norm not in get_args(Norm):
             raise UnknownNameError("norm", str(norm), get_args(Norm))
+        if activation not in get_args(Activation):
+            raise UnknownNameError("activation", str(activation), get_args(Activation))
         super().__init__()
         self.inputs, self.outputs, self.count, self.hidden = inputs, outputs, count, tuple(hidden)
-        self.norm = norm
+        self.norm, self.activation = norm, activation
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for before, after in pairwise([inputs, *hidden, outputs]):
             self.weights.append(nn.Parameter(torch.empty(count, before, after)))
@@ -111,7 +117,7 @@ class StackedMLP(nn.Module):
             normed = layer < len(scales)
             if normed and self.norm == "before":
                 hidden = _layer_norm(hidden, scales[layer], offsets[layer])
-            hidden = functional.gelu(hidden, approximate="tanh")
+            hidden = _activate(hidden, self.activation)
             if normed and self.norm == "after":
                 hidden = _layer_norm(hidden, scales[layer], offsets[layer])
         return torch.baddbmm(biases[-1], hidden, weights[-1])
@@ -127,7 +133,15 @@ class StackedMLP(nn.Module):
     def part(self, first: int, count: int) -> StackedMLP:
         """Return networks `first` to `first + count` as a stack of their own, copied, without gradients."""
         norm_last = len(self.scales) == len(self.hidden) or self.norm == "none"
-        part = StackedMLP(self.inputs, self.outputs, count, self.hidden, norm=self.norm, norm_last=norm_last)
+        part = StackedMLP(
+            self.inputs,
+            self.outputs,
+            count,
+            self.hidden,
+            norm=self.norm,
+            norm_last=norm_last,
+            activation=self.activation,
+        )
         part.load_state_dict({name: value[first : first + count] for name, value in self.state_dict().items()})
         return part.requires_grad_(False)
 
@@ -141,6 +155,7 @@ class StackedMLP(nn.Module):
             self.hidden,
             norm=self.norm,
             norm_last=len(self.scales) == len(self.hidden) or self.norm == "none",
+            activation=self.activation,
         )
         state = {name: value.detach().clone() for name, value in self.state_dict().items()}
         weight = state["weights.0"]
@@ -149,6 +164,14 @@ class StackedMLP(nn.Module):
         state["weights.0"] = weight[:, : self.inputs - count].contiguous()
         network.load_state_dict(state)
         return network.to(weight.device).requires_grad_(False)
+
+
+def _activate(hidden: Tensor, activation: Activation) -> Tensor:
+    if activation == "gelu":
+        return functional.gelu(hidden, approximate="tanh")
+    if activation == "tanh":
+        return torch.tanh(hidden)
+    return functional.relu(hidden) if activation == "relu" else functional.elu(hidden)
 
 
 def _layer_norm(hidden: Tensor, scale: Tensor, offset: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ policy, and `LearnedNoise` makes it a start; trained on actions (behaviour cloni
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -29,6 +29,7 @@ from counterflow.policies.described import (
 from counterflow.policies.ensemble import EnsembleMLP
 from counterflow.random import draw_normal, draw_prior
 from counterflow.steering.context import SteeringContext
+from counterflow.steering.latent import LatentShape
 from counterflow.steering.start import Rng
 from counterflow.steering.steered import Inputs, SteeredPolicy, frozen, inputs_of
 
@@ -50,6 +51,7 @@ class RegressorConfig:
         depth: hidden layers.
         bound: outputs are clamped to [-bound, bound], in units of the noise; None: not at all. A commanded gripper's noise
             goes beyond 3, yet bounding it there helps: what lies beyond is where the network extrapolates.
+        latent: which part of a noise is learned and said; what isn't is the prior's own, or zero.
 
     Raises:
         UnknownNameError: no such target or kind of input.
@@ -62,9 +64,14 @@ class RegressorConfig:
     width: int = 128
     depth: int = 2
     bound: float | None = 3.0
+    latent: LatentShape = field(default_factory=LatentShape)
 
     def __post_init__(self) -> None:
         """Check names and numbers."""
+        if self.target == "action" and self.latent.kind != "full":
+            raise InvalidInputError(
+                f"the latent's shape is {self.latent.kind!r} and the target actions; expected 'full': noises have shapes."
+            )
         for name, known in (("target", get_args(Target)), ("inputs", get_args(Inputs))):
             if getattr(self, name) not in known:
                 raise UnknownNameError(name, str(getattr(self, name)), known)
@@ -82,7 +89,7 @@ class ChunkRegressor(nn.Module):
     Args:
         config: architecture, inputs and target.
         input_normaliser: fitted to the inputs (F entries).
-        output_normaliser: fitted to the flattened targets (H * A entries; padding isn't learned).
+        output_normaliser: fitted to the flattened targets (H * A entries, or R * A of a latent shape; padding isn't learned).
         binding: what the targets belong to.
     """
 
@@ -90,11 +97,12 @@ class ChunkRegressor(nn.Module):
         self, config: RegressorConfig, input_normaliser: Normaliser, output_normaliser: Normaliser, binding: Binding
     ) -> None:
         super().__init__()
-        size = binding.horizon * binding.dim
+        rows = config.latent.rows(binding.horizon)
+        size = rows * binding.dim
         if output_normaliser.dim != size:
             raise InvalidInputError(
                 f"the output normaliser has {output_normaliser.dim} entries; expected {size}, as many as a chunk of "
-                f"{binding.horizon} x {binding.dim}."
+                f"{rows} x {binding.dim}."
             )
         self.config, self.binding = config, binding
         self.input_normaliser, self.output_normaliser = input_normaliser, output_normaliser
@@ -126,8 +134,8 @@ class ChunkRegressor(nn.Module):
         flat = self.output_normaliser.denormalise(self.network(prepared.expand(self.config.members, -1, -1)))
         if self.config.bound is not None:
             flat = flat.clamp(-self.config.bound, self.config.bound)
-        chunks: Tensor = flat.unflatten(-1, (self.binding.horizon, self.binding.dim))
-        return chunks
+        rows: Tensor = flat.unflatten(-1, (-1, self.binding.dim))
+        return self.config.latent.expand(rows, self.binding.horizon)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the chunk (B, H, A), the members' mean, for inputs (B, F)."""
@@ -138,9 +146,12 @@ class ChunkRegressor(nn.Module):
         return inputs_of(policy, context, self.config.inputs)
 
     def description(self) -> dict[str, Any]:
-        """Return everything but the numbers, as plain values."""
+        """Return everything but the numbers, as plain values; the latent's shape only where it isn't full, as before."""
+        config = asdict(self.config)
+        if self.config.latent == LatentShape():
+            del config["latent"]
         return {
-            "regressor": asdict(self.config),
+            "regressor": config,
             "binding": self.binding.to_json(),
             "input": {"dim": self.input_normaliser.dim, "normalisation": self.input_normaliser.kind},
             "output": {"normalisation": self.output_normaliser.kind},
@@ -175,8 +186,11 @@ class ChunkRegressor(nn.Module):
         path = path.with_suffix(".safetensors") if path.suffix == ".json" else weights_path(path)
         content, tensors = read_described(path, FORMAT)
         try:
+            config = dict(content["regressor"])
+            if "latent" in config:
+                config["latent"] = LatentShape(**config["latent"])
             regressor = cls(
-                RegressorConfig(**content["regressor"]),
+                RegressorConfig(**config),
                 Normaliser(
                     tensors["input_normaliser.offset"],
                     tensors["input_normaliser.scale"],
@@ -237,7 +251,10 @@ class LearnedNoise:
         noise = self.regressor(self.regressor.inputs_of(policy, context))
         if self.perturbation:
             noise = noise + self.perturbation * draw_normal(rng, noise.shape, noise.device)
-        spec = policy.action_spec
+        spec, latent = policy.action_spec, self.regressor.config.latent
+        if latent.kind == "low_rank" and latent.rest == "prior":
+            rest = draw_prior(rng, noise.shape, noise.device, spec.prior)
+            noise = noise + rest - latent.expand(latent.project(rest), spec.horizon)
         if spec.padding:
             fresh = draw_prior(rng, (*noise.shape[:-1], spec.padding), noise.device, spec.prior)
             noise = torch.cat([noise, fresh], dim=-1)

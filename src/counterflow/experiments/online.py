@@ -1,0 +1,493 @@
+"""Online reinforcement learning on a frozen flow as a run: DSRL, residual RL and RFS, evaluated on the way, resumable.
+
+    runs/<name>/config.yaml, metrics.jsonl, events.*    as every run
+    runs/<name>/checkpoints/state.safetensors           learner, replay, and where every episode was: to go on from
+    runs/<name>/seed-<n>/checkpoints/actor.safetensors  what steers: `counterflow.steering.steer_actor`
+    runs/<name>/start.json                              what the noise bound cuts off, and how the start compares with the base
+    runs/<name>/results.json                            learning curves, and the ledger: steps, evaluations, queries, seconds
+
+Seeds are trained side by side, each with environments of its own. A simulator's state can't be written down, so a checkpoint
+keeps what was executed in the present episodes, and going on executes it again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from counterflow.envs import VectorEnv, make_env
+from counterflow.errors import InvalidInputError, MismatchError, TrainingError, UnknownNameError
+from counterflow.experiments.evaluate import load_prior, machine, policy_name
+from counterflow.experiments.online_agents import Agent, OffPolicyAgent, PriorLatent, RFSAgent
+from counterflow.experiments.online_data import Prefilled, prefill
+from counterflow.experiments.online_settings import CONFIGS, Config, OnlineRun
+from counterflow.experiments.rollout import run_episodes
+from counterflow.experiments.run import Run, read_config
+from counterflow.experiments.statistics import SuccessRate
+from counterflow.experiments.steering_env import SteeredRows
+from counterflow.files import write_json
+from counterflow.learning.dsrl import DSRLConfig
+from counterflow.learning.rfs import RFSConfig
+from counterflow.policies import as_device
+from counterflow.random import child_seed
+from counterflow.steering import (
+    ChunkRegressor,
+    SteeredPolicy,
+    SteeringSpace,
+    binding_of,
+    describe_bound,
+)
+
+RECENT = 20
+"""Episodes over which success in training is reported."""
+
+
+@dataclass
+class Ledger:
+    """What a run has cost, all seeds together.
+
+    Attributes:
+        environment_steps: executed actions.
+        field_evaluations: of the frozen flow, rows counted.
+        reasoner_queries: questions to the reasoner.
+        updates: gradient updates of each seed.
+        episodes: finished ones.
+        seconds: wall-clock time, sessions added up.
+    """
+
+    environment_steps: float = 0.0
+    field_evaluations: float = 0.0
+    reasoner_queries: float = 0.0
+    updates: float = 0.0
+    episodes: float = 0.0
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, float]:
+        """Return plain values."""
+        return {name: round(value, 1) if name == "seconds" else int(value) for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class OnlineProgress:
+    """How far a run is.
+
+    Attributes:
+        decision: chunks of each seed so far.
+        decisions: in all.
+        numbers: means over seeds of what the learner reports, since the last report.
+        recent: success of each seed's last episodes in training.
+        success: rates of the last evaluation, seed by seed; empty before.
+        ledger: what it has cost.
+    """
+
+    decision: int
+    decisions: int
+    numbers: dict[str, float]
+    recent: dict[int, float]
+    success: dict[int, float]
+    ledger: Ledger
+
+
+@dataclass(frozen=True)
+class OnlineTrained:
+    """What came of a run.
+
+    Attributes:
+        folders: for each seed the folder of its actor.
+        success: for each seed the success rate at the end (empty without evaluation).
+        ledger: what it has cost.
+        decisions_done: chunks of each seed in this session.
+    """
+
+    folders: dict[int, Path]
+    success: dict[int, float]
+    ledger: Ledger
+    decisions_done: int
+
+
+def train_online(
+    algorithm: str,
+    env: str,
+    run: Path | str,
+    config: Config | None = None,
+    settings: OnlineRun | None = None,
+    *,
+    prefill_from: Path | str | None = None,
+    noise_policy: Path | str | None = None,
+    policy: str | None = None,
+    seeds: Sequence[int] = (0,),
+    workers: int | None = None,
+    device: torch.device | str = "cpu",
+    on_progress: Callable[[OnlineProgress], None] | None = None,
+) -> OnlineTrained:
+    """Train an online algorithm on one task; called again after an interruption, go on with the same numbers.
+
+    Args:
+        algorithm: "dsrl", "residual" or "rfs".
+        env: the task.
+        run: the run's folder.
+        config: settings of the algorithm; None: its defaults.
+        settings: of the run.
+        prefill_from: a steering dataset, whose episodes the replay begins with (not for RFS).
+        noise_policy: what 'counterflow distill' wrote, of which DSRL's actor begins as an imitation.
+        policy: the frozen policy; None: the shipped prior of the task's family.
+        seeds: trained side by side.
+        workers: of the simulators, see `make_env`.
+        device: where to learn; the frozen policy computes there, too.
+        on_progress: called at each report.
+
+    Raises:
+        MismatchError: policy, task, recordings and noise policy don't fit.
+        DatasetError: recordings are damaged, or nothing in them serves.
+        TrainingError: the folder holds another run, or a loss, reward or observation is not finite any more.
+        WorkerError: a simulator died; the last checkpoint is safe.
+        StorageError: a file can't be written; the last checkpoint is safe.
+        UnknownNameError: no such algorithm or environment.
+    """
+    if algorithm not in CONFIGS:
+        raise UnknownNameError("online algorithm", algorithm, CONFIGS)
+    config = CONFIGS[algorithm]() if config is None else config
+    if not isinstance(config, CONFIGS[algorithm]):
+        raise InvalidInputError(
+            f"{algorithm} was given {type(config).__name__}; expected {CONFIGS[algorithm].__name__}."
+        )
+    settings = OnlineRun() if settings is None else settings
+    _check_sources(algorithm, prefill_from, noise_policy)
+    device = as_device(device)
+    prior = load_prior(env, policy, str(device))
+    content = {
+        "algorithm": algorithm,
+        "env": env,
+        "seeds": list(seeds),
+        "policy": policy,
+        "policy_fingerprint": policy_name(prior),
+        "prefill": None if prefill_from is None else str(prefill_from),
+        "noise_policy": None if noise_policy is None else str(noise_policy),
+        "run": asdict(settings),
+        **asdict(config),
+    }
+    with Run(run, content) as folder:
+        loose = settings.space(algorithm, prior)
+        data = None
+        if prefill_from is not None:
+            first = settings.first or None
+            options: dict[str, Any] = {"discount": config.discount, "reward": settings.reward, "first": first}
+            options["successes_only"] = settings.successes_only
+            data = prefill(prefill_from, loose, env, **options)
+            tight = settings.space(algorithm, prior, data.noises)
+            if tight.bound != loose.bound:  # the noises decide on the bound, and the bound clips them
+                data = prefill(prefill_from, tight, env, **options)
+            loose = tight
+        with make_env(env, settings.num_envs * len(seeds), workers=workers) as vector:
+            training = _Training(algorithm, vector, loose, folder, config, settings, list(seeds), device, data)
+            if noise_policy is not None:
+                training.imitated = ChunkRegressor.load(noise_policy, device)
+            return training.go(on_progress)
+
+
+def _check_sources(algorithm: str, prefill_from: Path | str | None, noise_policy: Path | str | None) -> None:
+    if prefill_from is not None and algorithm == "rfs":
+        raise InvalidInputError(
+            "RFS learns from what it does itself, and has no replay to prefill. Use dsrl or residual, or leave --prefill out."
+        )
+    if noise_policy is not None and algorithm != "dsrl":
+        raise InvalidInputError(f"a noise policy is of no use to {algorithm}; it is what dsrl's actor can begin from.")
+
+
+class _Training:
+    """One run while it lasts."""
+
+    def __init__(
+        self,
+        algorithm: str,
+        vector: VectorEnv,
+        space: SteeringSpace,
+        folder: Run,
+        config: Config,
+        settings: OnlineRun,
+        seeds: list[int],
+        device: torch.device,
+        data: Prefilled | None,
+    ) -> None:
+        self.algorithm, self.vector, self.space, self.folder = algorithm, vector, space, folder
+        self.config, self.settings, self.seeds, self.data = config, settings, seeds, data
+        streams = [child_seed(seed, "stream", stream) for seed in seeds for stream in range(settings.num_envs)]
+        self.rows = SteeredRows(vector, space, streams, discount=config.discount, reward=settings.reward)
+        self.rows.begin()
+        self.agent: Agent
+        if isinstance(config, RFSConfig):
+            self.agent = RFSAgent(space, self.rows, config, settings, seeds, device)
+        else:
+            self.agent = OffPolicyAgent(algorithm, vector, space, self.rows, config, settings, seeds, device, data)
+        self.decision = 0
+        self.ledger = Ledger()
+        self.recent: list[list[float]] = [[] for _ in seeds]
+        self.steps_of = [0] * len(seeds)
+        self.success: dict[int, float] = {}
+        self.imitated: ChunkRegressor | None = None
+
+    def go(self, on_progress: Callable[[OnlineProgress], None] | None) -> OnlineTrained:
+        settings, folder, agent = self.settings, self.folder, self.agent
+        state = folder.load_state()
+        if state is not None:
+            self._restore(state)
+        else:
+            self._imitate()
+            self._check_start()
+        first = self.decision
+        folder.forget_after(first)
+        self.success = self._rates_so_far()
+        began, spent = time.perf_counter(), self.ledger.seconds
+        reported: list[dict[str, Tensor]] = []
+        while self.decision < settings.decisions:
+            before = self.decision
+            self._turn(reported)
+            self.ledger.seconds = spent + time.perf_counter() - began
+            last = self.decision >= settings.decisions
+            if self._due(before, settings.report_every) or last:
+                self._report(reported, on_progress)
+            evaluating = bool(settings.episodes) and (self._due(before, settings.evaluate_every) or last)
+            if evaluating:
+                self._evaluate()
+            if (self._due(before, settings.checkpoint_every) or evaluating or last) and agent.settled:
+                self._checkpoint()
+        if not agent.settled and self.decision > first:
+            self._checkpoint(final=True)
+        return OnlineTrained(
+            {seed: self._place(seed).parent for seed in self.seeds},
+            dict(self.success),
+            self.ledger,
+            self.decision - first,
+        )
+
+    def _turn(self, reported: list[dict[str, Tensor]]) -> None:
+        """Make one decision on every row, and learn from it."""
+        rows, agent, streams = self.rows, self.agent, self.settings.num_envs
+        shown = rows.shown
+        actions = agent.act(rows, self.decision)
+        made = rows.step(actions)
+        numbers = agent.observe(shown, actions, made)
+        if numbers:
+            reported.append(numbers)
+        self.decision += streams
+        done = made.done.nonzero()[:, 0].tolist()
+        for row in done:
+            recent = self.recent[row // streams]
+            recent.append(float(made.success[row]))
+            del recent[:-RECENT]
+        for index, own in enumerate(made.steps.view(-1, streams).sum(1).tolist()):
+            self.steps_of[index] += own
+        self.ledger.environment_steps += float(made.steps.sum())
+        self.ledger.episodes += len(done)
+        self.ledger.field_evaluations += rows.evaluations + agent.evaluations
+        self.ledger.reasoner_queries += agent.queries
+        self.ledger.updates += agent.updates
+        rows.evaluations, agent.evaluations, agent.queries, agent.updates = 0, 0.0, 0.0, 0
+        if done:
+            rows.begin(done)
+
+    def _due(self, before: int, every: int) -> bool:
+        return bool(every) and before // every < self.decision // every
+
+    def _report(self, reported: list[dict[str, Tensor]], on_progress: Callable[[OnlineProgress], None] | None) -> None:
+        numbers: dict[str, float] = {}
+        if reported:
+            names = list(reported[0])
+            table = torch.stack([torch.stack([one[name].float() for name in names]) for one in reported]).mean(0)
+            broken = ~torch.isfinite(table).all(0)
+            if bool(broken.any()):
+                seed = self.seeds[int(broken.nonzero()[0])]
+                raise self._diverged(f"what seed {seed} learns from is not finite before decision {self.decision}")
+            numbers = dict(zip(names, table.mean(1).tolist(), strict=True))
+            reported.clear()
+        recent = {seed: float(np.mean(one)) for seed, one in zip(self.seeds, self.recent, strict=True) if one}
+        told = {f"training/seed-{seed}": rate for seed, rate in recent.items()}
+        self.folder.report(self.decision, **numbers, **told)
+        if on_progress is not None:
+            on_progress(
+                OnlineProgress(self.decision, self.settings.decisions, numbers, recent, dict(self.success), self.ledger)
+            )
+
+    def _evaluate(self) -> None:
+        """Evaluate every seed in the environments at hand, and put these back to where they were."""
+        episodes, history = list(self.rows.episodes), [list(one) for one in self.rows.history]
+        seeds = [child_seed(child_seed(0, "validation"), "episode", index) for index in range(self.settings.episodes)]
+        told: dict[str, float] = {}
+        for index, seed in enumerate(self.seeds):
+            found = run_episodes(self.agent.acting(index), self.vector, seeds)
+            rate = sum(one.success for one in found) / len(found)
+            self.success[seed] = rate
+            told[f"success/seed-{seed}"] = rate
+            told[f"environment_steps/seed-{seed}"] = float(self.steps_of[index])
+        self.rows.resume(episodes, history)
+        self.rows.evaluations, self.agent.evaluations, self.agent.queries = 0, 0.0, 0.0  # of no account to the learning
+        self.folder.report(self.decision, **told)
+        self._write_results()
+
+    def _write_results(self) -> None:
+        curves: dict[str, list[dict[str, float]]] = {str(seed): [] for seed in self.seeds}
+        for line in self.folder.metrics():
+            for seed in self.seeds:
+                if f"success/seed-{seed}" in line:
+                    curves[str(seed)].append(
+                        {
+                            "decisions": line["step"],
+                            "environment_steps": line[f"environment_steps/seed-{seed}"],
+                            "success_rate": line[f"success/seed-{seed}"],
+                            "episodes": self.settings.episodes,
+                        }
+                    )
+        write_json(
+            self.folder.folder / "results.json",
+            {
+                "algorithm": self.algorithm,
+                "env": self.vector.spec.name,
+                "curves": curves,
+                "prefill": None if self.data is None else self.data.describe(),
+                "ledger": self.ledger.to_json(),
+                "machine": machine(),
+            },
+        )
+
+    def _rates_so_far(self) -> dict[int, float]:
+        found: dict[int, float] = {}
+        for line in self.folder.metrics():
+            found |= {seed: line[f"success/seed-{seed}"] for seed in self.seeds if f"success/seed-{seed}" in line}
+        return found
+
+    def _place(self, seed: int) -> Path:
+        return self.folder.folder / f"seed-{seed}" / "checkpoints"
+
+    def _checkpoint(self, *, final: bool = False) -> None:
+        """Keep every seed's actor, and the state."""
+        if not self.agent.learner.finite():
+            raise self._diverged(f"weights are not finite after decision {self.decision}")
+        for index, seed in enumerate(self.seeds):
+            actor = self.agent.actor(index)
+            if actor is not None:
+                actor.provenance = {
+                    "algorithm": self.algorithm,
+                    "env": self.vector.spec.name,
+                    "seed": seed,
+                    "decisions": self.decision,
+                    "environment_steps": self.steps_of[index],
+                    "settings": asdict(self.config),
+                    "run": asdict(self.settings),
+                    "machine": machine(),
+                }
+                self._place(seed).mkdir(parents=True, exist_ok=True)
+                actor.save(self._place(seed) / "actor.safetensors")
+        if not final:
+            self.folder.save_state(self._state())
+
+    def _state(self) -> dict[str, Tensor]:
+        longest = max(1, *(len(one) for one in self.rows.history))
+        executed = (self.space.executed, self.vector.spec.action_dim)
+        history = torch.zeros((len(self.rows), longest, *executed))
+        for row, chunks in enumerate(self.rows.history):
+            for turn, chunk in enumerate(chunks):
+                history[row, turn] = torch.from_numpy(chunk)
+        recent = torch.full((len(self.seeds), RECENT), math.nan)
+        for index, one in enumerate(self.recent):
+            recent[index, : len(one)] = torch.tensor(one)
+        return self.agent.state() | {
+            "loop.decision": torch.tensor(self.decision),
+            "loop.ledger": torch.tensor(list(asdict(self.ledger).values()), dtype=torch.float64),
+            "loop.steps": torch.tensor(self.steps_of),
+            "loop.recent": recent,
+            "loop.episodes": torch.tensor(self.rows.episodes),
+            "loop.lengths": torch.tensor([len(one) for one in self.rows.history]),
+            "loop.history": history,
+        }
+
+    def _restore(self, state: dict[str, Tensor]) -> None:
+        self.agent.restore(state)
+        self.decision = int(state["loop.decision"])
+        self.ledger = Ledger(*state["loop.ledger"].tolist())
+        self.steps_of = state["loop.steps"].tolist()
+        self.recent = [one[~one.isnan()].tolist() for one in state["loop.recent"]]
+        lengths = state["loop.lengths"].tolist()
+        history = [list(one[:length].numpy()) for one, length in zip(state["loop.history"], lengths, strict=True)]
+        self.rows.resume(state["loop.episodes"].tolist(), history)
+        self.rows.evaluations = 0
+
+    def _imitate(self) -> None:
+        """Begin DSRL's actors as imitations of a noise policy, in the states that are there."""
+        regressor, agent = self.imitated, self.agent
+        if regressor is None or not isinstance(agent, OffPolicyAgent) or not isinstance(self.config, DSRLConfig):
+            return
+        regressor.binding.check(
+            binding_of(self.space.policy, self.space.steps, self.space.solver), "the noise policy to begin from"
+        )
+        if "actor" not in agent.learner.networks or self.data is None or not self.config.imitation:
+            raise MismatchError(
+                "a noise policy was given to begin from, and there is no actor that could imitate it, or no states to do so in. "
+                "Use variant sac or aliasing, and prefill with the recordings that it was distilled from."
+            )
+        shown = self.data.recorded.observations.to(agent.device)
+        with torch.no_grad():
+            latents = self.space.latent.project(regressor(shown)).flatten(1)
+        agent.learner.imitate(shown, latents, self.config.imitation)
+
+    def _check_start(self) -> None:
+        """Compare the steered start with the base policy, and warn where it is worse; write down what the bound cuts off."""
+        settings, space = self.settings, self.space
+        noises = None if self.data is None or not len(self.data.noises) else self.data.noises
+        told: dict[str, Any] = {"latent": asdict(space.latent), "keeps_prior": space.latent.keeps_prior}
+        if space.bound is not None and space.latent_size:
+            told["bound"] = describe_bound(space.bound, space.latent, noises)
+        if settings.start_episodes:
+            seeds = [child_seed(child_seed(0, "start"), index) for index in range(settings.start_episodes)]
+            start = None if not space.latent_size else PriorLatent(space)
+            policies = {
+                "base": SteeredPolicy(space.policy, steps=space.steps),
+                "start": SteeredPolicy(space.policy, start=start, steps=space.steps),
+            }
+            rates = {
+                name: SuccessRate.of(one.success for one in run_episodes(policy, self.vector, seeds))
+                for name, policy in policies.items()
+            }
+            told |= {name: rate.to_json() for name, rate in rates.items()}
+            if rates["start"].interval.high < rates["base"].rate or rates["start"].rate < 0.5 * rates["base"].rate:
+                warnings.warn(
+                    f"the base policy succeeds in {100 * rates['base'].rate:.0f}% of {settings.start_episodes} episodes, and its "
+                    f"steered start, latent {settings.latent!r} with bound {space.bound}, in {100 * rates['start'].rate:.0f}%: "
+                    "the first success may never come. Use latent 'full', or 'low_rank' with rest 'prior', or a larger bound.",
+                    stacklevel=2,
+                )
+            self.rows.resume([0] * len(self.rows), [[] for _ in self.rows.seeds])
+            self.rows.evaluations = 0
+        write_json(self.folder.folder / "start.json", told)
+
+    def _diverged(self, what: str) -> TrainingError:
+        return TrainingError(
+            f"{what}. The last checkpoint in {self.folder.checkpoints} is safe; lower the learning rates, or raise the "
+            "temperature's floor, in a new run."
+        )
+
+
+def read_online_settings(folder: Path | str) -> tuple[dict[str, Any], Config, OnlineRun]:
+    """Read a run's settings: algorithm, env, seeds, policy, prefill and noise_policy; the algorithm's; the run's.
+
+    Raises:
+        TrainingError: the folder holds no run of an online algorithm.
+    """
+    content = read_config(Path(folder) / "config.yaml")
+    try:
+        names = ("algorithm", "env", "seeds", "policy", "prefill", "noise_policy")
+        about = {name: content.pop(name) for name in names}
+        content.pop("policy_fingerprint")
+        run = content.pop("run")
+        run["residual_bound"] = tuple(run["residual_bound"])
+        return about, CONFIGS[about["algorithm"]](**content), OnlineRun(**run)
+    except (KeyError, TypeError) as error:
+        raise TrainingError(f"{folder} holds no complete settings of an online algorithm: {error}.") from error

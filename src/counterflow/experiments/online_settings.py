@@ -1,0 +1,192 @@
+"""Settings of online runs: of a run beside those of the algorithm, and presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from counterflow.errors import InvalidInputError, UnknownNameError
+from counterflow.experiments.steering_env import RewardKind
+from counterflow.learning.dsrl import DSRLConfig, Variant
+from counterflow.learning.residual import ResidualConfig
+from counterflow.learning.rfs import RFSConfig
+from counterflow.policies import BasePolicy
+from counterflow.steering import LatentShape, Ports, SteeringSpace, suggest_bound
+from counterflow.steering.latent import LatentKind, Rest
+
+Algorithm = Literal["dsrl", "residual", "rfs"]
+Config = DSRLConfig | ResidualConfig | RFSConfig
+CONFIGS: dict[str, type[DSRLConfig] | type[ResidualConfig] | type[RFSConfig]] = {
+    "dsrl": DSRLConfig,
+    "residual": ResidualConfig,
+    "rfs": RFSConfig,
+}
+DEFAULT_BOUND = 1.5
+
+
+@dataclass(frozen=True)
+class OnlineRun:
+    """Settings of a run beside those of the algorithm.
+
+    Attributes:
+        decisions: chunks of each seed in all.
+        num_envs: environments of each seed.
+        reward: "cost", "success" or "dense", see `SteeredRows`.
+        steps: K, denoising steps.
+        bound: the noise bound; 0: chosen from the noises of prefilled successes, 1.5 without any. RFS has none: its latents
+            begin as the prior's own.
+        latent: the latent's shape: "full", "low_rank" or "repeated".
+        rank: of "low_rank".
+        rest: of "low_rank", "prior" or "zero".
+        residual_bound: largest residual, units of the environment's actions: one number, or one a dimension.
+        ports: of RFS, "both", or as an ablation "latent" or "residual".
+        capacity: decisions that a seed's replay holds.
+        first: use the first so many recorded episodes; 0: all.
+        successes_only: prefill with successful episodes alone.
+        keep_steering: of DSRL: at each decision choose between the actor's latent and the reasoner's reversed reference by value.
+        reasoner: of the anchors, whether a reasoner's word counts.
+        particles: of the anchors, noises for each.
+        spread: of the anchors, their standard deviation.
+        start_episodes: with how many episodes the steered start is compared with the base policy; 0: not at all.
+        evaluate_every: decisions of a seed between evaluations; 0: none but at the end.
+        episodes: of an evaluation, each seed; 0: no evaluation at all.
+        checkpoint_every: decisions of a seed between checkpoints.
+        report_every: decisions of a seed between reports.
+
+    Raises:
+        InvalidInputError: a number is out of range.
+    """
+
+    decisions: int = 5_000
+    num_envs: int = 4
+    reward: RewardKind = "cost"
+    steps: int = 5
+    bound: float = 0.0
+    latent: LatentKind = "full"
+    rank: int = 2
+    rest: Rest = "prior"
+    residual_bound: tuple[float, ...] = (0.2,)
+    ports: Ports = "both"
+    capacity: int = 100_000
+    first: int = 0
+    successes_only: bool = False
+    keep_steering: bool = False
+    reasoner: bool = False
+    particles: int = 8
+    spread: float = 0.5
+    start_episodes: int = 20
+    evaluate_every: int = 1_000
+    episodes: int = 50
+    checkpoint_every: int = 500
+    report_every: int = 100
+
+    def __post_init__(self) -> None:
+        """Check every setting."""
+        zero = ("first", "start_episodes", "evaluate_every", "episodes")
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            least = 0 if setting.name in zero else 1
+            if setting.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise InvalidInputError(f"{setting.name} is {value!r}; expected an integer of {least} or more.")
+        for name in ("bound", "spread"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InvalidInputError(f"{name} is {getattr(self, name)!r}; expected a finite number of 0 or more.")
+        if not self.residual_bound:
+            raise InvalidInputError(
+                "no residual bound was given; expected one number, or one for each action dimension."
+            )
+        LatentShape(self.latent, self.rank, self.rest)
+
+    def space(self, algorithm: str, policy: BasePolicy, noises: Tensor | None = None) -> SteeringSpace:
+        """Return the actions of an algorithm.
+
+        Args:
+            algorithm: "dsrl", "residual" or "rfs".
+            policy: the frozen policy.
+            noises: (N, H, A) of successes, of which a bound that was left open is chosen.
+        """
+        shape = LatentShape(self.latent, self.rank, self.rest)
+        ports: Ports = {"dsrl": "latent", "residual": "residual", "rfs": self.ports}[algorithm]  # type: ignore[assignment]
+        bound: float | None = self.bound or DEFAULT_BOUND
+        if not self.bound and noises is not None and len(noises):
+            bound = suggest_bound(noises, shape)
+        if algorithm == "rfs":
+            bound = self.bound or None
+        residual = self.residual_bound[0] if len(self.residual_bound) == 1 else self.residual_bound
+        return SteeringSpace(policy, ports, self.steps, "euler", bound, shape, residual, algorithm == "residual")
+
+
+PresetName = Literal["small", "paper"]
+
+# Two cores, state observations: networks of 256, few critics, ten updates a decision, a sparse reward. DSRL's are those with
+# which a first trial on cube-single solved task 4 from twenty steered rollouts in a hundred episodes.
+SMALL_SAC: dict[str, Any] = {
+    "width": 256,
+    "depth": 2,
+    "members": 4,
+    "subset": 2,
+    "update_ratio": 10,
+    "success_share": 0.25,
+    "prefilled_share": 0.25,
+    "initial_temperature": 0.1,
+    "warmup": 200,
+}
+SMALL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "dsrl": ({**SMALL_SAC, "bc_weight": 0.05, "distill_steps": 4}, {"bound": 2.0}),
+    "residual": (SMALL_SAC, {"residual_bound": (0.3,)}),
+    "rfs": ({"rollout": 64}, {"residual_bound": (0.3,), "num_envs": 8, "decisions": 20_000}),
+}
+# DSRL's released settings: SAC variant on pi0, noise aliasing in simulation; RFS as far as it is known (its own table could not
+# be found; an independent re-implementation's networks). A residual of 0.3 is 1.5 cm in OGBench.
+PAPER_DSRL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "sac": (
+        {
+            "discount": 0.999,
+            "members": 10,
+            "aggregation": "mean",
+            "entropy_backup": False,
+            "actor_learning_rate": 1e-4,
+            "width": 128,
+            "depth": 3,
+            "bc_weight": 1.0,
+        },
+        {"bound": 1.0, "latent": "repeated", "reward": "cost"},
+    ),
+    "aliasing": (
+        {"width": 2048, "depth": 3, "target_entropy": 0.0, "warmup": 1500},
+        {"bound": 1.5, "num_envs": 4, "reward": "cost"},
+    ),
+    "anchors": ({"members": 10, "aggregation": "mean"}, {"particles": 8, "spread": 0.5, "reward": "cost"}),
+}
+PAPER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "residual": ({"discount": 0.999, "update_ratio": 20}, {"residual_bound": (0.3,), "reward": "cost"}),
+    "rfs": ({}, {"residual_bound": (0.3,), "num_envs": 64, "decisions": 500_000}),
+}
+PAPER_DECISIONS = 50_000
+
+
+def online_preset(algorithm: str, name: PresetName, variant: Variant = "sac") -> tuple[Config, OnlineRun]:
+    """Return an algorithm's settings, and its run's.
+
+    Args:
+        algorithm: "dsrl", "residual" or "rfs".
+        name: "small" (two cores) or "paper" (the released settings).
+        variant: of DSRL.
+
+    Raises:
+        UnknownNameError: no such algorithm, preset or variant.
+    """
+    if algorithm not in CONFIGS:
+        raise UnknownNameError("online algorithm", algorithm, CONFIGS)
+    if name not in get_args(PresetName):
+        raise UnknownNameError("preset", str(name), get_args(PresetName))
+    if algorithm == "dsrl" and variant not in PAPER_DSRL:
+        raise UnknownNameError("variant", str(variant), PAPER_DSRL)
+    chosen = SMALL[algorithm] if name == "small" else PAPER_DSRL[variant] if algorithm == "dsrl" else PAPER[algorithm]
+    own, run = chosen
+    common = {"reward": "success"} if name == "small" else {"decisions": PAPER_DECISIONS, "evaluate_every": 5_000}
+    if algorithm == "dsrl":
+        own = {**own, "variant": variant}
+    return CONFIGS[algorithm](**own), OnlineRun(**{**common, **run})

@@ -1,0 +1,394 @@
+"""Steering as a reinforcement learning environment: the action is a latent noise, a residual, or both; the frozen flow is inside.
+
+One step is one chunk: the flow turns the action into H actions, which are executed open loop, and the step's reward is their
+discounted sum. An episode that is solved is *terminated*; one that runs out of time is *truncated*, and its value goes on.
+
+`SteeringEnv` is a gymnasium environment, so any library learns on it; `SteeringVectorEnv` steers many at once, with one batch
+through the flow. Both, and this library's own training, stand on `SteeredRows`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import gymnasium
+import numpy as np
+import numpy.typing as npt
+import torch
+from gymnasium.spaces import Box
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from counterflow.envs import VectorEnv, make_env
+from counterflow.errors import InvalidInputError, TrainingError, UnknownNameError
+from counterflow.experiments.evaluate import load_prior
+from counterflow.experiments.rollout import check_fit
+from counterflow.policies import BasePolicy
+from counterflow.random import check_seed, child_seed, draw_prior, generator
+from counterflow.steering import Decided, SteeringSpace
+
+RewardKind = Literal["success", "cost", "dense"]
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What came of one chunk on every row.
+
+    Attributes:
+        shown: (N, F) what the learner sees afterwards; of an episode that ended, at its end.
+        rewards: (N,) discounted sums over the chunk.
+        discounts: (N,) what the value of `shown` counts: discount^executed, and 0 where the episode was solved.
+        terminated: (N,) bool, solved or otherwise in a final state.
+        truncated: (N,) bool, out of time.
+        success: (N,) bool.
+        steps: (N,) int64, executed actions.
+        decided: noises, base chunks and executed actions.
+    """
+
+    shown: Tensor
+    rewards: Tensor
+    discounts: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    success: Tensor
+    steps: Tensor
+    decided: Decided
+
+    @property
+    def done(self) -> Tensor:
+        """(N,) bool: the episode is over."""
+        return self.terminated | self.truncated
+
+
+class SteeredRows:
+    """Episodes side by side, each steered by an action a chunk.
+
+    A row's episodes descend from its own seed, one after the other, and so does the prior's noise in them: a row does not depend
+    on which others run beside it.
+
+    Args:
+        env: the simulators; all rows are used.
+        space: what an action means.
+        seeds: one a row.
+        discount: gamma of an environment step.
+        reward: "success": 1 where the task is solved, else 0; "cost": -1 a chunk, 0 where it is solved (DSRL on pi0); "dense":
+            the environment's own (OGBench: minus the number of sub-goals that are not reached).
+        max_chunks: truncate episodes after so many chunks; None: when the environment does.
+
+    Raises:
+        MismatchError: policy and environment don't fit.
+        InvalidInputError: a number is out of range.
+        UnknownNameError: no such reward.
+    """
+
+    def __init__(
+        self,
+        env: VectorEnv,
+        space: SteeringSpace,
+        seeds: Sequence[int],
+        *,
+        discount: float = 0.99,
+        reward: RewardKind = "success",
+        max_chunks: int | None = None,
+    ) -> None:
+        check_fit(space.policy, env.spec)
+        if len(seeds) != env.num_envs:
+            raise InvalidInputError(f"{len(seeds)} seeds were given for {env.num_envs} environments; give one each.")
+        if not 0 < discount <= 1:
+            raise InvalidInputError(f"the discount is {discount!r}; expected more than 0, at most 1.")
+        if reward not in get_args(RewardKind):
+            raise UnknownNameError("reward", str(reward), get_args(RewardKind))
+        if max_chunks is not None and max_chunks < 1:
+            raise InvalidInputError(f"max_chunks is {max_chunks}; expected 1 or more, or None.")
+        self.env, self.space, self.discount, self.reward, self.max_chunks = env, space, discount, reward, max_chunks
+        self.seeds = [check_seed(seed) for seed in seeds]
+        self.episodes = [-1] * len(seeds)  # the number of each row's present episode
+        self.history: list[list[Array]] = [[] for _ in seeds]  # the chunks that were executed in it
+        self._rngs = [generator(0) for _ in seeds]
+        self._observation = np.zeros((len(seeds), env.spec.observation_dim), np.float32)
+        self._fresh: Tensor = self._draw(range(len(seeds)))
+        self._context: Any = None
+        self._base: Tensor | None = None
+        self.shown = torch.empty(0)
+        self.evaluations = 0  # of the field, all rows
+
+    def __len__(self) -> int:
+        """Return N, the number of rows."""
+        return len(self.seeds)
+
+    @property
+    def observation(self) -> Array:
+        """(N, O) what the frozen policy sees."""
+        return self._observation
+
+    @property
+    def context(self) -> Any:
+        """The frozen policy's context of what it sees."""
+        return self._context
+
+    @property
+    def fresh(self) -> Tensor:
+        """(N, H, A + padding) the prior's noise for the decisions to come."""
+        return self._fresh
+
+    def begin(self, rows: Sequence[int] | None = None) -> Tensor:
+        """Begin the next episode on some rows, or on all; return what the learner sees on all, (N, F)."""
+        chosen = range(len(self)) if rows is None else rows
+        seeds = {}
+        for row in chosen:
+            self.episodes[row] += 1
+            seeds[row] = self._seed_of(row)
+        self._begin(seeds)
+        return self._show()
+
+    def resume(self, episodes: Sequence[int], history: Sequence[Sequence[Array]]) -> Tensor:
+        """Go back to where rows were, by executing again what was executed in their present episodes.
+
+        Args:
+            episodes: each row's episode.
+            history: the chunks (E, A) that were executed in it.
+        """
+        self.episodes = list(episodes)
+        self._begin({row: self._seed_of(row) for row in range(len(self))})
+        longest = max(len(chunks) for chunks in history)
+        for turn in range(longest):
+            rows = [row for row, chunks in enumerate(history) if turn < len(chunks)]
+            actions = np.zeros((len(self), self.space.executed, self.env.spec.action_dim), np.float32)
+            for row in rows:
+                actions[row] = history[row][turn]
+                self.history[row].append(actions[row])
+            batch = self.env.execute(actions, rows=rows)
+            self._observation[rows] = batch.observation[rows]
+            self._fresh[rows] = self._draw(rows)
+        return self._show()
+
+    @torch.no_grad()
+    def step(self, actions: Tensor) -> Step:
+        """Execute one chunk on every row; rows whose episode ended wait for `begin`.
+
+        Args:
+            actions: (N, D).
+
+        Raises:
+            TrainingError: an action, a reward or an observation is not finite.
+        """
+        if not bool(torch.isfinite(actions).all()):
+            raise self._broken(int((~torch.isfinite(actions).all(1)).nonzero()[0]), "the action")
+        decided = self.space.decide(self._context, actions, self._fresh, self._base)
+        if self._base is None:
+            self.evaluations += len(self) * self.space.steps
+        chunks = decided.actions.float().cpu().numpy()
+        batch = self.env.execute(chunks)
+        for row in range(len(self)):
+            self.history[row].append(chunks[row].copy())
+        for what, values in (("the reward", batch.rewards), ("the observation", batch.observation)):
+            sound = np.isfinite(values).all(axis=1)
+            if not sound.all():
+                raise self._broken(int(np.argmin(sound)), what)
+        terminated = batch.terminated | batch.success
+        late = np.array([self.max_chunks is not None and len(one) >= self.max_chunks for one in self.history])
+        truncated = (batch.truncated | late) & ~terminated
+        powers = self.discount ** np.arange(batch.rewards.shape[1])
+        if self.reward == "dense":
+            rewards = batch.rewards @ powers
+        elif self.reward == "cost":
+            rewards = np.where(batch.success, 0.0, -1.0)
+        else:
+            rewards = np.where(batch.success, self.discount ** (batch.steps - 1.0), 0.0)
+        self._observation = batch.observation.copy()
+        self._fresh = self._draw(range(len(self)))
+        shown = self._show()
+        return Step(
+            shown,
+            torch.from_numpy(rewards).float(),
+            torch.from_numpy(np.where(terminated, 0.0, self.discount**batch.steps)).float(),
+            torch.from_numpy(terminated),
+            torch.from_numpy(truncated),
+            torch.from_numpy(batch.success),
+            torch.from_numpy(batch.steps),
+            decided,
+        )
+
+    def _begin(self, seeds: dict[int, int]) -> None:
+        batch = self.env.reset({row: child_seed(seed, "environment") for row, seed in seeds.items()})
+        for row, seed in seeds.items():
+            self._rngs[row] = generator(child_seed(seed, "policy"))
+            self._observation[row] = batch.observation[row]
+            self.history[row] = []
+        self._fresh[list(seeds)] = self._draw(list(seeds))
+
+    def _seed_of(self, row: int) -> int:
+        return child_seed(self.seeds[row], "online", self.episodes[row])
+
+    def _draw(self, rows: Sequence[int]) -> Tensor:
+        spec = self.space.policy.action_spec
+        shape = (spec.horizon, spec.state_dim)
+        return torch.stack([draw_prior(self._rngs[row], shape, "cpu", spec.prior) for row in rows])
+
+    @torch.no_grad()
+    def _show(self) -> Tensor:
+        """Encode the present observations; return what the learner sees."""
+        self._context, inputs = self.space.encode(torch.from_numpy(self._observation))
+        if self.space.show_base:
+            self._base = self.space.denoise(self._context, self._fresh.to(self.space.device))
+            self.evaluations += len(self) * self.space.steps
+            inputs = torch.cat([inputs, self._base.flatten(1)], dim=1)
+        self.shown = inputs
+        return inputs
+
+    def _broken(self, row: int, what: str) -> TrainingError:
+        return TrainingError(
+            f"{what} of environment {row} ({self.env.spec.name}, seed {self._seed_of(row)}) is not finite after "
+            f"{len(self.history[row])} chunks of its episode {self.episodes[row]}. The last checkpoint is safe; look at what the "
+            "environment or the policy does there."
+        )
+
+
+def _spaces(rows: SteeredRows) -> tuple[Any, Any]:
+    """Return the spaces of one row's observations and actions."""
+    seen = rows.begin().shape[1]
+    limits = rows.space.limits.numpy()
+    return Box(-np.inf, np.inf, (seen,), np.float32), Box(-limits, limits, dtype=np.float32)
+
+
+class SteeringEnv(gymnasium.Env[Array, Array]):
+    """One task, steered: a gymnasium environment.
+
+    Observations are what the frozen policy makes of the state (its features), with the base's chunk beside them where the space
+    shows it. `info` holds `success`, `discount` (what the next value counts), `steps` (executed actions), `noise` and `chunk`
+    (normalised). Libraries with a single discount a step want `discount ** executed`.
+
+    Args:
+        env: the task's name, or a vector environment of one row.
+        space: what an action means; or a policy, steered by its latent.
+        discount, reward, max_chunks: as for `SteeredRows`.
+        seed: what episodes descend from until `reset` is given another.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - gymnasium's own declaration
+
+    def __init__(
+        self,
+        env: str | VectorEnv,
+        space: SteeringSpace | BasePolicy | None = None,
+        *,
+        discount: float = 0.99,
+        reward: RewardKind = "success",
+        max_chunks: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._vector = make_env(env, 1, seed, workers=0) if isinstance(env, str) else env
+        chosen = load_prior(self._vector.spec.name) if space is None else space
+        chosen = chosen if isinstance(chosen, SteeringSpace) else SteeringSpace(chosen)
+        self.rows = SteeredRows(self._vector, chosen, [seed], discount=discount, reward=reward, max_chunks=max_chunks)
+        self.observation_space, self.action_space = _spaces(self.rows)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
+        """Begin an episode: the next one, or the first that descends from `seed`."""
+        super().reset(seed=seed, options=options)
+        if seed is not None:
+            self.rows.seeds, self.rows.episodes = [child_seed(seed % (2**31 - 1), "steering")], [-1]
+        return self.rows.begin()[0].cpu().numpy(), {}
+
+    def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
+        """Execute one chunk: (observation, reward, terminated, truncated, info)."""
+        made = self.rows.step(torch.as_tensor(np.asarray(action, np.float32))[None])
+        return (
+            made.shown[0].cpu().numpy(),
+            float(made.rewards[0]),
+            bool(made.terminated[0]),
+            bool(made.truncated[0]),
+            {name: value[0] for name, value in _info(made).items()},
+        )
+
+    def close(self) -> None:
+        """Free the simulator."""
+        self._vector.close()
+
+
+class SteeringVectorEnv(gymnasium.vector.VectorEnv[Array, Array, Array]):
+    """Many episodes of a task, steered: a gymnasium vector environment that begins anew in the step that ends an episode.
+
+    `info["final_obs"]` holds, as an array of objects, the last observations of episodes that ended.
+
+    Args:
+        env: the task's name, or a vector environment.
+        space, discount, reward, max_chunks, seed: as for `SteeringEnv`.
+        num_envs: N, where a name is given.
+    """
+
+    metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012 - gymnasium's own declaration
+
+    def __init__(
+        self,
+        env: str | VectorEnv,
+        space: SteeringSpace | BasePolicy | None = None,
+        num_envs: int = 4,
+        *,
+        discount: float = 0.99,
+        reward: RewardKind = "success",
+        max_chunks: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._vector = make_env(env, num_envs, seed) if isinstance(env, str) else env
+        chosen = load_prior(self._vector.spec.name) if space is None else space
+        chosen = chosen if isinstance(chosen, SteeringSpace) else SteeringSpace(chosen)
+        self.num_envs = self._vector.num_envs
+        self.rows = SteeredRows(
+            self._vector,
+            chosen,
+            [child_seed(seed, "row", row) for row in range(self.num_envs)],
+            discount=discount,
+            reward=reward,
+            max_chunks=max_chunks,
+        )
+        self.single_observation_space, self.single_action_space = _spaces(self.rows)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+
+    def reset(
+        self,
+        *,
+        seed: int | list[int | None] | None = None,
+        options: dict[str, Any] | None = None,  # noqa: ARG002 - gymnasium's signature
+    ) -> tuple[Array, dict[str, Any]]:
+        """Begin episodes on all rows: the next ones, or the first that descend from `seed`."""
+        if isinstance(seed, list):
+            given = [one if one is not None else 0 for one in seed]
+        elif seed is not None:
+            given = [child_seed(seed % (2**31 - 1), "row", row) for row in range(self.num_envs)]
+        if seed is not None:
+            self.rows.seeds, self.rows.episodes = given, [-1] * self.num_envs
+        return self.rows.begin().cpu().numpy(), {}
+
+    def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
+        """Execute one chunk on every row; those that end begin anew."""
+        made = self.rows.step(torch.as_tensor(np.asarray(actions, np.float32)))
+        info, shown, done = _info(made), made.shown, made.done.numpy()
+        if done.any():
+            last = made.shown.cpu().numpy()
+            info["final_obs"] = np.array([one if over else None for one, over in zip(last, done, strict=True)], object)
+            info["_final_obs"] = done
+            shown = self.rows.begin(np.flatnonzero(done).tolist())
+        rewards: Any = made.rewards.numpy()
+        terminated: Any = made.terminated.numpy()
+        truncated: Any = made.truncated.numpy()
+        return shown.cpu().numpy(), rewards, terminated, truncated, info
+
+    def close_extras(self, **kwargs: Any) -> None:  # noqa: ARG002 - gymnasium's signature
+        """Free the simulators."""
+        self._vector.close()
+
+
+def _info(made: Step) -> dict[str, Any]:
+    return {
+        "success": made.success.numpy(),
+        "discount": made.discounts.numpy(),
+        "steps": made.steps.numpy(),
+        "noise": made.decided.noise.cpu().numpy(),
+        "chunk": made.decided.chunk.cpu().numpy(),
+    }

@@ -1,0 +1,271 @@
+"""What reinforcement learning made: a small network that holds the latent, the residual, or both (DSRL, residual RL, RFS).
+
+A `SteeringActor` says the action of a `SteeringSpace` for what the frozen policy sees; `steer_actor` puts it at the policy's
+ports: its latent is where the flow starts, its residual is added to the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from counterflow.binding import Binding
+from counterflow.errors import CheckpointError, CounterflowError, MismatchError, UnknownNameError
+from counterflow.policies import BasePolicy, as_device
+from counterflow.policies.described import (
+    Format,
+    check_unchanged,
+    fingerprint,
+    read_described,
+    save_described,
+    weights_path,
+)
+from counterflow.policies.stacked import Activation, Norm, StackedMLP
+from counterflow.random import draw_normal, draw_prior
+from counterflow.steering.context import SteeringContext
+from counterflow.steering.latent import LatentShape
+from counterflow.steering.learned import binding_of
+from counterflow.steering.space import Ports, SteeringSpace
+from counterflow.steering.start import Rng
+from counterflow.steering.steered import SteeredPolicy, frozen, inputs_of
+
+Law = Literal["squashed", "gaussian"]
+
+FORMAT = Format("counterflow/steering-actor", 1, "Actors are made by 'counterflow train dsrl', 'residual' and 'rfs'.")
+
+
+@dataclass(frozen=True)
+class ActorConfig:
+    """An actor's network, and what its numbers mean.
+
+    Attributes:
+        law: "squashed": limit * tanh(what the network says) (SAC); "gaussian": the latent as it is said, the residual squashed
+            (RFS).
+        ports, bound, latent, residual_bound, show_base: as for `SteeringSpace`; `residual_bound` one a dimension.
+        hidden: neurons of the hidden layers.
+        norm: where layer norms stand.
+        activation: of the hidden layers.
+
+    Raises:
+        UnknownNameError: no such law.
+    """
+
+    law: Law = "squashed"
+    ports: Ports = "latent"
+    bound: float | None = 1.5
+    latent: LatentShape = field(default_factory=LatentShape)
+    residual_bound: tuple[float, ...] = ()
+    show_base: bool = False
+    hidden: tuple[int, ...] = (256, 256, 256)
+    norm: Norm = "before"
+    activation: Activation = "tanh"
+
+    def __post_init__(self) -> None:
+        """Check the law."""
+        if self.law not in get_args(Law):
+            raise UnknownNameError("law of an actor", str(self.law), get_args(Law))
+
+    def space(self, policy: BasePolicy, steps: int, solver: str) -> SteeringSpace:
+        """Return the actions that the numbers are."""
+        return SteeringSpace(
+            policy,
+            self.ports,
+            steps,
+            solver,
+            self.bound,
+            self.latent,
+            self.residual_bound if self.residual_bound else 0.0,
+            self.show_base,
+        )
+
+
+class SteeringActor(nn.Module):
+    """One actor.
+
+    Args:
+        config: network and meaning.
+        inputs: F, numbers that it sees.
+        outputs: D, numbers of an action.
+        binding: the frozen policy and the denoising that it was trained with.
+    """
+
+    def __init__(self, config: ActorConfig, inputs: int, outputs: int, binding: Binding) -> None:
+        super().__init__()
+        self.config, self.binding = config, binding
+        own = 2 * outputs if config.law == "squashed" else outputs  # the deviations of a squashed law are the network's
+        self.network = StackedMLP(inputs, own, 1, config.hidden, norm=config.norm, activation=config.activation)
+        self.log_std: Tensor
+        self.register_buffer("log_std", torch.zeros(outputs))
+        self.provenance: dict[str, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.log_std.device
+
+    @property
+    def outputs(self) -> int:
+        """D, numbers of an action."""
+        return len(self.log_std)
+
+    def forward(self, inputs: Tensor, limits: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return actions (B, D).
+
+        Args:
+            inputs: (B, F).
+            limits: (D,) of the space; a Gaussian latent's are not read.
+            noise: (B, D) draws of N(0, I) with which a Gaussian law is drawn from; None: the means.
+
+        Raises:
+            MismatchError: the inputs have another size.
+        """
+        if inputs.ndim != 2 or inputs.shape[1] != self.network.inputs:
+            raise MismatchError(
+                f"this actor sees (B, {self.network.inputs}); it was given {tuple(inputs.shape)}. Use it with the policy and "
+                "the environment that it was trained with."
+            )
+        said: Tensor = self.network(inputs[None].to(self.device, torch.float32))[0, :, : self.outputs]
+        if self.config.law == "squashed":
+            return limits.to(said) * torch.tanh(said)
+        raw = said if noise is None else said + self.log_std.exp() * noise.to(said)
+        latent = torch.isinf(limits).to(said.device)
+        bounded = torch.where(torch.isinf(limits), 0.0, limits).to(said)
+        return torch.where(latent, raw, bounded * torch.tanh(raw))
+
+    def description(self) -> dict[str, Any]:
+        """Return everything but the numbers, as plain values."""
+        return {
+            "actor": asdict(self.config),
+            "sizes": {"inputs": self.network.inputs, "outputs": self.outputs},
+            "binding": self.binding.to_json(),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every number, by name, on the CPU."""
+        return {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """A short name for exactly this actor."""
+        return fingerprint(_plain(self.description()), self.tensors())
+
+    def save(self, path: Path | str) -> Path:
+        """Write it to `path` (ending in ".safetensors", or without an ending), whole or not at all.
+
+        Raises:
+            StorageError: writing failed; what stood there before is untouched.
+        """
+        return save_described(path, FORMAT, _plain(self.description()), self.provenance, self.tensors())
+
+    @classmethod
+    def load(cls, path: Path | str, device: torch.device | str = "cpu") -> SteeringActor:
+        """Load what `save` wrote, without gradients.
+
+        Raises:
+            CheckpointError: the file is missing, truncated, damaged, foreign, or written by a newer version.
+            InvalidInputError: the device can't be used here.
+        """
+        device, path = as_device(device), weights_path(path)
+        content, tensors = read_described(path, FORMAT)
+        try:
+            own = dict(content["actor"])
+            own["latent"] = LatentShape(**own["latent"])
+            own["hidden"], own["residual_bound"] = tuple(own["hidden"]), tuple(own["residual_bound"])
+            sizes = content["sizes"]
+            actor = cls(ActorConfig(**own), sizes["inputs"], sizes["outputs"], Binding.from_json(content["binding"]))
+            actor.load_state_dict(tensors)
+            actor.provenance = content["provenance"]
+        except (KeyError, TypeError, RuntimeError, CounterflowError) as error:
+            raise CheckpointError(
+                f"{path} does not hold the actor that it describes: {error}. It was changed or damaged; fetch or train it again."
+            ) from error
+        check_unchanged(path, content, _plain(actor.description()), actor.tensors())
+        return actor.to(device).requires_grad_(False).eval()
+
+
+@dataclass(frozen=True, eq=False)
+class ActorLatent:
+    """A start: the latent that an actor decides on, with the prior's own noise in all that it doesn't.
+
+    Attributes:
+        actor: the actor.
+        space: what its numbers mean.
+        sample: whether a Gaussian law is drawn from; else its mean is taken.
+    """
+
+    actor: SteeringActor
+    space: SteeringSpace
+    sample: bool = False
+
+    def __call__(self, policy: BasePolicy, context: SteeringContext, rng: Rng) -> tuple[Tensor, Tensor]:
+        """Return the noise at t = 0."""
+        spec = policy.action_spec
+        device = self.space.device
+        fresh = draw_prior(rng, (context.batch_size, spec.horizon, spec.state_dim), device, spec.prior)
+        own = draw_normal(rng, (context.batch_size, self.actor.outputs), device) if self.sample else None
+        actions = self.actor(_seen(policy, context), self.space.limits, own)
+        latent, _ = self.space.split(actions.to(device))
+        return self.space.noise(latent, fresh), fresh.new_zeros(context.batch_size)
+
+
+@dataclass(frozen=True, eq=False)
+class ActorResidual:
+    """An edit: the residual that an actor decides on, its mean, is added to what the flow gave.
+
+    Attributes:
+        actor: the actor.
+        space: what its numbers mean.
+    """
+
+    actor: SteeringActor
+    space: SteeringSpace
+    candidates: int = 1
+
+    def __call__(self, chunks: Tensor, context: SteeringContext) -> Tensor:
+        """Add the residual to the first candidate."""
+        base, spec = chunks[:, 0], self.space.policy.action_spec
+        seen = _seen(self.space.policy, context)
+        if self.space.show_base:
+            seen = torch.cat([seen, base.flatten(1)], 1)
+        _, residual = self.space.split(self.actor(seen, self.space.limits).to(base))
+        chunk = base.clone()
+        executed = slice(spec.past, spec.past + self.space.executed)
+        chunk[:, executed] = spec.normalise(self.space.compose(base, residual)).to(base)
+        return chunk[:, None]
+
+
+def steer_actor(base: BasePolicy, actor: SteeringActor, *, sample: bool | None = None) -> SteeredPolicy:
+    """Return `base` driven by an actor.
+
+    Args:
+        base: the frozen policy that the actor was trained with.
+        actor: the actor.
+        sample: whether its latents are drawn; None: a Gaussian law's are (it was trained so, and begins as the prior).
+
+    Raises:
+        MismatchError: the actor belongs to another frozen policy or another way of denoising.
+    """
+    config, binding = actor.config, actor.binding
+    binding.check(binding_of(base, binding.steps, binding.solver), "this actor")
+    space = config.space(base, binding.steps, binding.solver)
+    drawn = config.law == "gaussian" if sample is None else sample
+    start = ActorLatent(actor, space, drawn) if config.ports != "residual" else None
+    edit = ActorResidual(actor, space) if config.ports != "latent" else None
+    return SteeredPolicy(base, start=start, edit=edit, steps=binding.steps, solver=binding.solver)
+
+
+def _seen(policy: BasePolicy, context: SteeringContext) -> Tensor:
+    """Return what the actor sees of an observation, as `SteeringSpace.encode` does."""
+    kind: Literal["features", "observation"] = "features" if hasattr(frozen(policy), "features") else "observation"
+    seen = inputs_of(policy, context, kind)
+    return seen.flatten(1).float()
+
+
+def _plain(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a description with lists in the place of tuples, as json reads it back."""
+    actor = {name: list(value) if isinstance(value, tuple) else value for name, value in content["actor"].items()}
+    return {**content, "actor": actor}

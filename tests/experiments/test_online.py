@@ -1,0 +1,402 @@
+"""Online training on a small world: every algorithm learns, is evaluated, and goes on with the same numbers after a kill."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import counterflow.experiments.online as module
+from counterflow.data import SteeringDataset, SteeringEpisode
+from counterflow.envs import VectorEnv
+from counterflow.errors import DatasetError, InvalidInputError, MismatchError, TrainingError, UnknownNameError
+from counterflow.experiments.online import OnlineTrained, read_online_settings, train_online
+from counterflow.experiments.online_data import Proposals, corrections, prefill
+from counterflow.experiments.online_settings import OnlineRun, online_preset
+from counterflow.experiments.record import arrays_of
+from counterflow.experiments.rollout import run_episodes
+from counterflow.learning.dsrl import DSRLConfig
+from counterflow.learning.residual import ResidualConfig
+from counterflow.learning.rfs import RFSConfig
+from counterflow.policies import FlowPolicy
+from counterflow.random import generator
+from counterflow.reasoners import Direction
+from counterflow.steering import LatentShape, SteeredPolicy, SteeringActor, SteeringSpace, binding_of, steer_actor
+
+TINY: dict[str, Any] = {"width": 8, "depth": 1}
+SAC: dict[str, Any] = {**TINY, "batch_size": 8, "update_ratio": 1, "warmup": 8, "compile": False}
+CONFIGS: dict[str, Any] = {
+    "dsrl": DSRLConfig(**SAC),
+    "aliasing": DSRLConfig(**SAC, variant="aliasing", distill_steps=2),
+    "anchors": DSRLConfig(**SAC, variant="anchors", judged="chunk", select="sample"),
+    "residual": ResidualConfig(**SAC, ramp=20),
+    "rfs": RFSConfig(width=8, depth=2, rollout=4, epochs=2),
+}
+RUN = OnlineRun(
+    decisions=48,
+    num_envs=2,
+    steps=3,
+    start_episodes=0,
+    evaluate_every=24,
+    episodes=2,
+    checkpoint_every=8,
+    report_every=8,
+    capacity=200,
+    particles=2,
+)
+
+
+@pytest.fixture
+def world(plane: Callable[..., VectorEnv], prior: FlowPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plane in the place of a benchmark, and its small flow in the place of a shipped prior."""
+    monkeypatch.setattr(module, "make_env", lambda name, rows, workers=None: plane(rows, spoil=name.partition("!")[2]))
+    monkeypatch.setattr(module, "load_prior", lambda env, policy, device: prior)
+
+
+def algorithm_of(name: str) -> str:
+    return "dsrl" if name in ("aliasing", "anchors") else name
+
+
+def train(name: str, out: Path, settings: OnlineRun = RUN, **changes: Any) -> OnlineTrained:
+    options = {"seeds": (0, 1), "config": CONFIGS[name], "env": "plane", **changes}
+    env = options.pop("env")
+    return train_online(algorithm_of(name), env, out, settings=settings, **options)
+
+
+def recorded(out: Path, prior: FlowPolicy, plane: Callable[..., VectorEnv], episodes: int = 6) -> Path:
+    """Episodes of a start that always goes the right way, and of the base."""
+    binding = binding_of(prior, 3)
+    ways = {
+        "right": SteeredPolicy(
+            prior, start=lambda p, c, r: (torch.full((c.batch_size, 2, 2), 2.0), torch.zeros(c.batch_size)), steps=3
+        ),
+        "base": SteeredPolicy(prior, steps=3),
+    }
+    with SteeringDataset.create_or_open(out, binding) as dataset:
+        for way, policy in ways.items():
+            source = dataset.add_source({"method": way})
+            found = run_episodes(policy, plane(2), list(range(episodes)), record=True)
+            for index, one in enumerate(found):
+                dataset.append(SteeringEpisode("plane", one.seed, index, one.success, source, arrays_of(one.decisions)))
+    return out
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_trains_evaluates_and_leaves_what_it_learned(
+    name: str, world: None, prior: FlowPolicy, tmp_path: Path
+) -> None:
+    before = prior.fingerprint
+    done = train(name, tmp_path / "run")
+    assert prior.fingerprint == before
+    assert done.decisions_done == 48
+    assert set(done.success) == {0, 1}
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    curve = results["curves"]["0"]
+    assert [point["decisions"] for point in curve] == [24, 48]
+    assert 48 < curve[-1]["environment_steps"] <= 96
+    ledger = results["ledger"]
+    assert ledger["environment_steps"] == sum(results["curves"][seed][-1]["environment_steps"] for seed in "01")
+    # a decision denoises once; noise aliasing, anchors, and what is shown to a residual cost more
+    least = 2 * 48 * 3
+    assert ledger["field_evaluations"] == least if name in ("dsrl", "rfs") else ledger["field_evaluations"] > least
+    assert ledger["updates"] > 0
+    if name != "anchors":
+        actor = SteeringActor.load(done.folders[1] / "checkpoints" / "actor.safetensors")
+        plan = steer_actor(prior, actor).act(torch.zeros(1, 4), rng=0)
+        assert plan.actions.shape == (1, 2, 2)
+        assert actor.provenance["decisions"] == 48
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_run_that_was_killed_goes_on_with_the_same_numbers(
+    name: str, world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(name, tmp_path / "whole")
+    turns = 0
+    step = module._Training._turn
+
+    def killed(self: Any, *arguments: Any) -> None:
+        nonlocal turns
+        turns += 1
+        if turns == 18:
+            raise KeyboardInterrupt
+        step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Training, "_turn", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(name, tmp_path / "killed")
+    done = train(name, tmp_path / "killed")
+    assert 0 < done.decisions_done < 48
+    whole, again = (
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("whole", "killed")
+    )
+    assert whole == again
+    ledgers = [json.loads((tmp_path / run / "results.json").read_text())["ledger"] for run in ("whole", "killed")]
+    assert {**ledgers[0], "seconds": 0} == {**ledgers[1], "seconds": 0}
+    assert train(name, tmp_path / "killed").decisions_done == 0
+
+
+def test_evaluation_changes_nothing(world: None, tmp_path: Path) -> None:
+    for name, episodes in (("with", 2), ("without", 0)):
+        train("dsrl", tmp_path / name, replace(RUN, episodes=episodes))
+    found = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines() if "loss" in line]
+        for name in ("with", "without")
+    ]
+    assert found[0] == found[1]
+
+
+def test_a_seed_does_not_depend_on_the_others(world: None, tmp_path: Path) -> None:
+    settings = replace(RUN, decisions=12)
+    together = train("dsrl", tmp_path / "both", settings)
+    alone = train("dsrl", tmp_path / "one", settings, seeds=(1,))
+    both, one = (
+        SteeringActor.load(run.folders[1] / "checkpoints" / "actor.safetensors").state_dict()
+        for run in (together, alone)
+    )
+    for name, value in one.items():
+        torch.testing.assert_close(both[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_dsrl_learns_to_go_the_right_way(world: None, plane: Any, prior: FlowPolicy, tmp_path: Path) -> None:
+    """From recorded rollouts to a policy that succeeds where the base does not."""
+    data = recorded(tmp_path / "data", prior, plane)
+    config = DSRLConfig(
+        **{**SAC, "width": 32, "update_ratio": 4, "batch_size": 32, "warmup": 0, "learning_rate": 3e-3},
+        actor_learning_rate=3e-3,
+        initial_temperature=0.05,
+        bc_weight=1.0,
+    )
+    settings = replace(RUN, decisions=120, episodes=10, evaluate_every=0, report_every=40, bound=2.0)
+    done = train("dsrl", tmp_path / "run", settings, config=config, prefill_from=data, seeds=(0,))
+    with plane(2) as env:
+        base = run_episodes(SteeredPolicy(prior, steps=3), env, list(range(10)))
+    assert done.success[0] >= 0.8
+    assert sum(one.success for one in base) < 8
+    told = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert told["prefill"]["episodes"] == 12
+
+
+class TestPrefill:
+    def test_decisions_are_those_of_the_recording(self, plane: Any, prior: FlowPolicy, tmp_path: Path) -> None:
+        path = recorded(tmp_path / "data", prior, plane)
+        space = SteeringSpace(prior, steps=3, bound=1.5)
+        found = prefill(path, space, "plane", discount=0.9, reward="success")
+        dataset = SteeringDataset.load(path)
+        episodes = dataset.episodes
+        assert found.episodes == 12
+        assert found.successes == dataset.successes >= 6
+        first = next(one for one in episodes if one.success)
+        at = sum(one.decisions - (not one.success) for one in episodes[: episodes.index(first)])
+        own = slice(at, at + first.decisions)
+        one = found.recorded
+        np.testing.assert_allclose(
+            one.actions[own].numpy(), np.clip(first.arrays["noise"].reshape(first.decisions, -1), -1.5, 1.5)
+        )
+        assert one.success[own].all()
+        last = int(first.arrays["executed"][-1])
+        assert one.rewards[own][-1].item() == pytest.approx(0.9 ** (last - 1))
+        assert one.discounts[own].tolist() == pytest.approx([0.81] * (first.decisions - 1) + [0])
+        np.testing.assert_allclose(one.next_observations[own][:-1], one.observations[own][1:])
+        # what happened after the last decision of a failure was not recorded
+        lost = sum(not episode.success for episode in episodes)
+        assert len(one) == sum(episode.decisions for episode in episodes) - lost
+
+    @pytest.mark.parametrize(("reward", "expected"), [("cost", [-1.0, 0.0]), ("dense", [-1.9, None])])
+    def test_other_rewards(
+        self, reward: Any, expected: list[Any], plane: Any, prior: FlowPolicy, tmp_path: Path
+    ) -> None:
+        path = recorded(tmp_path / "data", prior, plane)
+        space = SteeringSpace(prior, steps=3)
+        options: dict[str, Any] = {"discount": 0.9, "reward": reward, "first": 1, "successes_only": True}
+        one = prefill(path, space, "plane", **options).recorded
+        assert one.rewards[0].item() == pytest.approx(expected[0])
+        if expected[1] is not None:
+            assert one.rewards[-1].item() == expected[1]
+        assert one.discounts[-1] == 0
+
+    def test_a_residuals_observations_end_with_the_chunk(self, plane: Any, prior: FlowPolicy, tmp_path: Path) -> None:
+        path = recorded(tmp_path / "data", prior, plane)
+        space = SteeringSpace(prior, "residual", steps=3, show_base=True)
+        one = prefill(path, space, "plane").recorded
+        assert one.observations.shape[1] == 4 + 4
+        torch.testing.assert_close(one.observations[:, 4:], one.executed)
+        assert (one.actions == 0).all()
+
+    def test_another_policys_recordings_are_refused(
+        self, world: None, plane: Any, prior: FlowPolicy, tmp_path: Path
+    ) -> None:
+        path = recorded(tmp_path / "data", prior, plane)
+        with pytest.raises(MismatchError, match="belongs to another frozen policy or another way of denoising"):
+            train("dsrl", tmp_path / "run", replace(RUN, steps=4), prefill_from=path)
+        with pytest.raises(InvalidInputError, match="no replay to prefill"):
+            train("rfs", tmp_path / "other", prefill_from=path)
+        with pytest.raises(DatasetError):
+            train("dsrl", tmp_path / "third", prefill_from=tmp_path / "nothing")
+
+
+class TestCorrections:
+    def corrected(
+        self, plane: Any, prior: FlowPolicy, path: Path, *, latents: bool
+    ) -> tuple[Path, list[SteeringEpisode]]:
+        """Recordings in whose every second decision somebody did 0.05 more than the base, along both axes."""
+        made = SteeringDataset.load(recorded(path / "plain", prior, plane, 2))
+        out = path / f"corrected-{latents}"
+        with SteeringDataset.create_or_open(out, made.binding) as dataset:
+            for way in made.sources.values():
+                dataset.add_source(way)
+            for episode in made.episodes:
+                arrays = dict(episode.arrays)
+                intervened = np.arange(episode.decisions) % 2 == 1
+                base = 0.9 * arrays["chunks"]
+                arrays["chunks"] = np.where(intervened[:, None, None], base + 0.05, base).astype(np.float32)
+                arrays["intervened"] = intervened
+                if latents:
+                    arrays["base_chunks"] = base.astype(np.float32)
+                dataset.append(replace(episode, arrays=arrays))
+            return out, dataset.episodes
+
+    def test_a_residual_is_what_was_done_beyond_the_base(self, plane: Any, prior: FlowPolicy, tmp_path: Path) -> None:
+        path, episodes = self.corrected(plane, prior, tmp_path, latents=True)
+        space = SteeringSpace(prior, "residual", steps=3, residual_bound=0.1, show_base=True)
+        found = corrections(path, space, "plane")
+        first = episodes[0]
+        count = first.decisions - (not first.success)
+        wanted = np.where(first.arrays["intervened"][:count, None], 0.05, 0.0)
+        np.testing.assert_allclose(found.actions[:count], np.broadcast_to(wanted, (count, 4)), atol=1e-6)
+        np.testing.assert_allclose(
+            found.observations[:count, 4:], first.arrays["base_chunks"][:count].reshape(count, -1), atol=1e-6
+        )
+        torch.testing.assert_close(found.next_observations[: count - 1], found.observations[1:count])
+        narrow = corrections(path, replace(space, residual_bound=0.02), "plane")
+        assert narrow.actions.abs().max().item() == pytest.approx(0.02)
+
+    def test_where_no_latent_was_recorded_the_inversion_gives_the_base(
+        self, plane: Any, prior: FlowPolicy, tmp_path: Path
+    ) -> None:
+        path, episodes = self.corrected(plane, prior, tmp_path, latents=False)
+        space = SteeringSpace(prior, "residual", steps=3, bound=1.0, residual_bound=5.0, show_base=True)
+        found, first = corrections(path, space, "plane"), episodes[0]
+        context, _ = space.encode(torch.from_numpy(first.arrays["observations"]))
+        base = space.denoise(context, torch.from_numpy(first.arrays["noise"]).clamp(-1, 1)).flatten(1)
+        torch.testing.assert_close(found.observations[1, 4:], base[1])
+        chunk = torch.from_numpy(first.arrays["chunks"][1]).flatten()
+        torch.testing.assert_close(found.actions[1], chunk - base[1])
+        assert (found.actions[0] == 0).all()
+
+    def test_nobody_intervened(self, plane: Any, prior: FlowPolicy, tmp_path: Path) -> None:
+        path = recorded(tmp_path / "data", prior, plane, 2)
+        with pytest.raises(DatasetError, match="nobody intervened"):
+            corrections(path, SteeringSpace(prior, "residual", steps=3, show_base=True), "plane")
+        with pytest.raises(InvalidInputError, match="show_base"):
+            corrections(path, SteeringSpace(prior, "residual", steps=3), "plane")
+
+
+class TestProposals:
+    def test_candidates_lie_around_reversed_references(self, prior: FlowPolicy) -> None:
+        space = SteeringSpace(prior, steps=3, bound=3.0)
+        proposals = Proposals(space, particles=3, spread=0.01, steps=3)
+        context, _ = space.encode(torch.zeros(2, 4))
+        said = [Direction((1, 0, 0)), Direction((0, -1, 0))]
+        found, weights = proposals.candidates(context, 2, generator(0), said)
+        assert found.shape == (2, 8 * 3, 4)
+        assert (weights[:, -3:] == 1).all()
+        assert (weights[:, :-3] < 1).all()
+        # what was said is one of the axes: its particles lie where that axis's do
+        torch.testing.assert_close(found[0, -3:].mean(0), found[0, :3].mean(0), atol=0.05, rtol=0)
+        torch.testing.assert_close(found[1, -3:].mean(0), found[1, 9:12].mean(0), atol=0.05, rtol=0)
+        assert (found[0, :3].mean(0) - found[0, 3:6].mean(0)).abs().max() > 0.3
+        assert proposals.evaluations == 2 * 8 * 3
+
+
+class TestStart:
+    def test_the_bound_comes_from_the_noises_of_successes(self, plane: Any, prior: FlowPolicy) -> None:
+        noises = torch.full((10, 2, 2), 2.5)
+        assert OnlineRun().space("dsrl", prior, noises).bound == 2.5
+        assert OnlineRun(bound=1.0).space("dsrl", prior, noises).bound == 1.0
+        assert OnlineRun().space("dsrl", prior).bound == 1.5
+        assert OnlineRun().space("rfs", prior).bound is None
+        assert OnlineRun(latent="repeated").space("dsrl", prior).size == 2
+
+    def test_a_start_that_is_worse_than_the_base_is_told(
+        self, world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        settings = replace(RUN, decisions=8, start_episodes=8, bound=0.05, episodes=0)
+        monkeypatch.setattr(module, "run_episodes", _by_bound)
+        with pytest.warns(UserWarning, match="the first success may never come"):
+            train("dsrl", tmp_path / "run", settings)
+        told = json.loads((tmp_path / "run" / "start.json").read_text())
+        assert told["bound"]["prior_cut"] == pytest.approx(0.96, abs=0.01)
+        assert told["base"]["success_rate"] == 1
+        assert told["start"]["success_rate"] == 0
+
+    def test_an_equal_start_is_not(self, world: None, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+        train("dsrl", tmp_path / "run", replace(RUN, decisions=8, start_episodes=6, bound=6.0, episodes=0))
+        assert not [one for one in recwarn if "first success" in str(one.message)]
+
+
+def _by_bound(policy: SteeredPolicy, env: VectorEnv, seeds: list[int]) -> list[Any]:
+    found = run_episodes(policy, env, seeds)
+    for one in found:
+        one.success = policy.start is None
+    return found
+
+
+@pytest.mark.parametrize("spoil", ["reward", "observation"])
+def test_what_is_no_number_stops_the_run_and_leaves_the_last_checkpoint(
+    spoil: str, world: None, tmp_path: Path
+) -> None:
+    settings = replace(RUN, reward="dense", checkpoint_every=2, episodes=0)
+    with pytest.raises(TrainingError, match=f"the {spoil} of environment 0"):
+        train("dsrl", tmp_path / "run", settings, env=f"plane!{spoil}")
+    assert (tmp_path / "run" / "checkpoints" / "state.safetensors").exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_run(world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIGS["dsrl"], learning_rate=1.0, actor_learning_rate=1.0)
+    monkeypatch.setattr(
+        "counterflow.learning.sac.critic_loss",
+        lambda *given: (given[0].weights[0].sum((1, 2))[:2] * torch.nan, {"value": torch.zeros(2)}),
+    )
+    with pytest.raises(TrainingError, match="not finite"):
+        train("dsrl", tmp_path / "run", config=replace(config, members=1))
+
+
+def test_a_runs_settings_are_read_back(world: None, tmp_path: Path) -> None:
+    settings = replace(RUN, residual_bound=(0.1, 0.2))
+    train("residual", tmp_path / "run", settings)
+    about, config, run = read_online_settings(tmp_path / "run")
+    assert (about["algorithm"], about["env"], about["seeds"]) == ("residual", "plane", [0, 1])
+    assert (config, run) == (CONFIGS["residual"], settings)
+    with pytest.raises(TrainingError, match="other settings"):
+        train("residual", tmp_path / "run", replace(settings, steps=2))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"decisions": 0}, {"bound": -1.0}, {"residual_bound": ()}, {"num_envs": 0}, {"spread": float("nan")}]
+)
+def test_settings_out_of_range_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInputError):
+        replace(OnlineRun(), **changes)
+    assert LatentShape().keeps_prior
+
+
+@pytest.mark.parametrize("name", ["small", "paper"])
+@pytest.mark.parametrize(
+    ("algorithm", "variant"),
+    [("dsrl", "sac"), ("dsrl", "aliasing"), ("dsrl", "anchors"), ("residual", "sac"), ("rfs", "sac")],
+)
+def test_presets_are_settings(algorithm: str, variant: Any, name: Any, prior: FlowPolicy) -> None:
+    config, settings = online_preset(algorithm, name, variant)
+    assert settings.space(algorithm, prior).size > 0
+    assert getattr(config, "variant", variant) == variant
+    with pytest.raises(UnknownNameError, match="preset"):
+        online_preset(algorithm, "large")  # type: ignore[arg-type]

@@ -1,0 +1,134 @@
+"""The steering environment: rewards, ends, repeatability, and another library learning on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+
+from counterflow.errors import InvalidInputError, TrainingError
+from counterflow.experiments.steering_env import SteeredRows, SteeringEnv, SteeringVectorEnv
+from counterflow.policies import FlowPolicy
+from counterflow.steering import SteeringSpace
+
+TOWARDS = torch.full((1, 4), 1.5)
+
+
+def rows_of(plane: Any, prior: FlowPolicy, count: int = 1, **changes: Any) -> SteeredRows:
+    rows = SteeredRows(plane(count), SteeringSpace(prior), list(range(count)), **changes)
+    rows.begin()
+    return rows
+
+
+def test_gymnasium_finds_nothing_wrong(plane: Any, prior: FlowPolicy) -> None:
+    check_env(SteeringEnv(plane(), prior), skip_render_check=True)
+
+
+@pytest.mark.parametrize("reward", ["success", "cost", "dense"])
+def test_a_solved_episode_is_terminated_and_nothing_follows(reward: str, plane: Any, prior: FlowPolicy) -> None:
+    rows = rows_of(plane, prior, discount=0.9, reward=reward)
+    made = rows.step(TOWARDS)
+    before = []
+    while not made.done[0]:
+        before.append(float(made.rewards[0]))
+        assert made.discounts[0] == pytest.approx(0.81)
+        made = rows.step(TOWARDS)
+    assert made.success[0]
+    assert made.terminated[0]
+    assert not made.truncated[0]
+    assert made.discounts[0] == 0
+    executed = int(made.steps[0])
+    wanted = {"success": 0.9 ** (executed - 1), "cost": 0.0, "dense": -sum(0.9**k for k in range(executed))}
+    assert float(made.rewards[0]) == pytest.approx(wanted[reward])
+    assert before == pytest.approx([{"success": 0.0, "cost": -1.0, "dense": -1.9}[reward]] * len(before))
+
+
+def test_running_out_of_time_is_not_an_end(plane: Any, prior: FlowPolicy) -> None:
+    rows = rows_of(plane, prior, discount=0.9)
+    made = [rows.step(-TOWARDS) for _ in range(6)][-1]
+    assert made.truncated[0]
+    assert not made.terminated[0]
+    assert made.discounts[0] == pytest.approx(0.81)
+    short = rows_of(plane, prior, max_chunks=2)
+    assert [bool(short.step(-TOWARDS).truncated[0]) for _ in range(2)] == [False, True]
+
+
+def test_a_row_does_not_depend_on_the_others(plane: Any, prior: FlowPolicy) -> None:
+    space = SteeringSpace(prior, "residual", show_base=True)
+    three = SteeredRows(plane(3), space, [5, 6, 7])
+    one = SteeredRows(plane(1), space, [6])
+    many, alone = three.begin(), one.begin()
+    for turn in range(8):
+        torch.testing.assert_close(many[1], alone[0])
+        actions = torch.randn(3, 4, generator=torch.Generator().manual_seed(turn))
+        first, second = three.step(actions), one.step(actions[1:2])
+        many, alone = first.shown, second.shown
+        if second.done[0]:
+            alone = one.begin()
+        over = first.done.nonzero()[:, 0].tolist()
+        many = three.begin(over) if over else many
+
+
+def test_rows_go_on_from_what_was_executed(plane: Any, prior: FlowPolicy) -> None:
+    space = SteeringSpace(prior, "residual", show_base=True)
+    first = SteeredRows(plane(2), space, [1, 2])
+    first.begin()
+    for turn in range(3):
+        first.step(torch.full((2, 4), 0.01 * turn))
+        if turn == 0:
+            first.begin([0])
+    second = SteeredRows(plane(2), space, [1, 2])
+    second.resume(first.episodes, first.history)
+    assert torch.equal(first.shown, second.shown)
+    assert torch.equal(first.fresh, second.fresh)
+    assert torch.equal(first.step(torch.zeros(2, 4)).shown, second.step(torch.zeros(2, 4)).shown)
+
+
+def test_the_vector_environment_begins_anew_and_keeps_the_last_observation(plane: Any, prior: FlowPolicy) -> None:
+    env = SteeringVectorEnv(plane(2), prior, max_chunks=2)
+    assert isinstance(env, gymnasium.vector.VectorEnv)
+    env.reset(seed=3)
+    away = np.stack([-TOWARDS[0].numpy()] * 2)
+    env.step(away)
+    observation, _, terminated, truncated, info = env.step(away)
+    assert truncated.all()
+    assert not terminated.any()
+    assert all(np.abs(info["final_obs"][row] - observation[row]).max() > 0.1 for row in range(2))
+    again = SteeringVectorEnv(plane(2), prior, max_chunks=2)
+    np.testing.assert_array_equal(again.reset(seed=3)[0], env.reset(seed=3)[0])
+
+
+@pytest.mark.parametrize("spoil", ["reward", "observation"])
+def test_a_value_that_is_no_number_stops_and_says_where(spoil: str, plane: Any, prior: FlowPolicy) -> None:
+    rows = SteeredRows(plane(2, spoil), SteeringSpace(prior), [0, 1], reward="dense")
+    rows.begin()
+    rows.step(torch.zeros(2, 4))
+    with pytest.raises(TrainingError, match=rf"the {spoil} of environment 0 \(plane, seed \d+\) is not finite after 2"):
+        rows.step(torch.zeros(2, 4))
+
+
+def test_numbers_out_of_range(plane: Any, prior: FlowPolicy) -> None:
+    with pytest.raises(InvalidInputError, match="one each"):
+        SteeredRows(plane(2), SteeringSpace(prior), [0])
+    with pytest.raises(InvalidInputError, match="discount"):
+        SteeredRows(plane(), SteeringSpace(prior), [0], discount=0.0)
+
+
+def test_stable_baselines_learns_on_it(plane: Any, prior: FlowPolicy) -> None:
+    """Two hundred chunks of SAC: the replay holds what happened, and the policy's weights move."""
+    sb3 = pytest.importorskip("stable_baselines3")
+    env = SteeringEnv(plane(), SteeringSpace(prior, "both", residual_bound=0.1))
+    model = sb3.SAC(
+        "MlpPolicy", env, learning_starts=20, batch_size=16, buffer_size=300, seed=0, policy_kwargs={"net_arch": [8]}
+    )
+    before = {name: value.clone() for name, value in model.policy.actor.state_dict().items()}
+    frozen = {name: value.clone() for name, value in prior.state_dict().items()}
+    model.learn(120)
+    assert model.replay_buffer.size() == 120
+    assert not model.replay_buffer.dones.all()
+    assert any(not torch.equal(value, before[name]) for name, value in model.policy.actor.state_dict().items())
+    assert all(torch.equal(value, frozen[name]) for name, value in prior.state_dict().items())

@@ -1,0 +1,270 @@
+"""SAC, DSRL's variants and anchors: known answers on small problems, seeds side by side, resumption."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
+
+from counterflow.data import Recorded, Replay
+from counterflow.errors import CheckpointError, InvalidInputError, UnknownNameError
+from counterflow.learning.dsrl import AliasingLearner, AnchorsLearner, DSRLConfig, DSRLLearner, noise_critic_loss
+from counterflow.learning.sac import (
+    INSIDE,
+    ActionSizes,
+    SACConfig,
+    SACLearner,
+    aggregated,
+    log_density,
+    parameters,
+    squash,
+    temperature_loss,
+)
+from counterflow.policies.stacked import StackedMLP
+
+LIMITS = torch.tensor([1.5, 0.3])
+SIZES = ActionSizes(3, LIMITS, 2)
+BEST = torch.tensor([0.8, -0.8])
+SMALL = {"width": 12, "depth": 1, "batch_size": 8, "compile": False}
+FAST = {**SMALL, "width": 24, "batch_size": 32, "learning_rate": 5e-3, "actor_learning_rate": 5e-3}
+
+
+def decode(observations: Tensor, latents: Tensor) -> Tensor:
+    """A flow whose chunk is the tanh of its noise, moved by the observation."""
+    return torch.tanh(latents + 0.1 * observations[:, :2])
+
+
+def filled(seeds: int = 1, count: int = 200, prefilled: bool = False) -> Replay:
+    """Decisions that end at once; the reward falls with the distance of the action from an optimum."""
+    rng = torch.Generator().manual_seed(3)
+
+    def some(n: int) -> dict[str, Tensor]:
+        seen = torch.randn((n, 3), generator=rng)
+        acted = LIMITS * (2 * torch.rand((n, 2), generator=rng) - 1)
+        return {
+            "observations": seen,
+            "actions": acted,
+            "executed": decode(seen, acted),
+            "rewards": -(acted / LIMITS - BEST).square().sum(1),
+            "discounts": torch.zeros(n),
+            "next_observations": seen,
+        }
+
+    before = None
+    if prefilled:
+        before = Recorded(**some(10), episodes=torch.arange(10) // 5, success=torch.arange(10) < 5)
+    replay = Replay((3, 2, 2), seeds, 1, 1000, before)
+    for one in zip(*some(count).values(), strict=True):
+        wide = [value.expand(seeds, 1, *value.shape) for value in one]
+        replay.add(*wide, torch.ones(seeds, 1, dtype=torch.bool), torch.zeros(seeds, 1, dtype=torch.bool))
+    return replay
+
+
+def make(kind: str, seeds: list[int], **changes: Any) -> SACLearner:
+    if kind == "sac":
+        return SACLearner(SIZES, SACConfig(**{**SMALL, **changes}), seeds)
+    config = DSRLConfig(**{**SMALL, "variant": kind if kind != "dsrl" else "sac", "distill_steps": 2, **changes})
+    if kind == "aliasing":
+        return AliasingLearner(SIZES, config, seeds, decode=decode)
+    return {"dsrl": DSRLLearner, "anchors": AnchorsLearner}[kind](SIZES, config, seeds)
+
+
+KINDS = ("sac", "dsrl", "aliasing", "anchors")
+
+
+def test_a_squashed_gaussians_density_is_torchs() -> None:
+    outputs, noise = torch.randn(4, 6, 4), torch.randn(4, 6, 2)
+    actions, density = squash(outputs, noise, LIMITS)
+    mean, log_std = parameters(outputs)
+    law = TransformedDistribution(Independent(Normal(mean, log_std.exp()), 1), TanhTransform(cache_size=0))
+    unit = actions / LIMITS
+    inside = (unit.abs() < INSIDE).all(-1)
+    torch.testing.assert_close(density[inside], law.log_prob(unit)[inside], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(log_density(outputs, actions, LIMITS)[inside], density[inside], rtol=1e-3, atol=1e-3)
+    assert torch.isfinite(squash(100 * outputs, noise, LIMITS)[1]).all()
+
+
+def test_labels_at_the_bound_have_a_finite_density() -> None:
+    outputs = torch.zeros(1, 1, 4)
+    beyond = log_density(outputs, torch.tensor([[[9.0, -0.3]]]), LIMITS)
+    assert torch.isfinite(beyond).all()
+    torch.testing.assert_close(beyond, log_density(outputs, LIMITS * torch.tensor([[[INSIDE, -INSIDE]]]), LIMITS))
+
+
+def test_aggregates_of_all_and_of_a_random_subset() -> None:
+    values, order = torch.tensor([[[3.0], [1.0], [2.0]]]), torch.tensor([[0.2, 0.9, 0.1]])
+    assert aggregated(values, SACConfig(members=3), order).item() == 1
+    assert aggregated(values, SACConfig(members=3, aggregation="mean"), order).item() == 2
+    assert aggregated(values, SACConfig(members=3, subset=2), order).item() == 2
+    assert aggregated(values, SACConfig(members=3, subset=1), order).item() == 2
+
+
+def test_the_temperature_rises_where_entropy_is_too_low() -> None:
+    log_temperature = torch.zeros(2, requires_grad=True)
+    temperature_loss(log_temperature, torch.tensor([[5.0], [-5.0]]), -1.0).sum().backward()
+    assert log_temperature.grad is not None
+    assert log_temperature.grad[0] < 0 < log_temperature.grad[1]
+
+
+@pytest.mark.parametrize("kind", ["sac", "aliasing"])
+def test_the_actor_finds_the_best_action(kind: str) -> None:
+    learner = make(kind, [0, 1], **{**FAST, "initial_temperature": 0.05, "learn_temperature": False})
+    learner.update(filled(2), 150)
+    seen = torch.randn(2, 40, 3)
+    acted = learner.act(seen, explore=False) / LIMITS
+    assert (acted - BEST).abs().mean() < 0.3
+    assert not torch.equal(acted[0], acted[1])
+    drawn = learner.act(seen)
+    assert not torch.equal(drawn, learner.act(seen))
+    assert (drawn.abs() <= LIMITS).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_seed_learns_the_same_alone_and_beside_others(kind: str) -> None:
+    settings = {"bc_weight": 1.0, "bc_batch": 4, "subset": 1}
+    together, alone = make(kind, [4, 9], **settings), make(kind, [9], **settings)
+    both, one = (learner.update(filled(len(learner.seeds), prefilled=True), 8) for learner in (together, alone))
+    for name in one:
+        torch.testing.assert_close(both[name][1], one[name][0], rtol=1e-3, atol=1e-4)
+        if name != "temperature":
+            assert not torch.allclose(both[name][0], both[name][1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_training_gives_the_same_numbers(kind: str) -> None:
+    replay = filled(2, prefilled=True)
+    whole, first, second = (make(kind, [0, 1], bc_weight=0.5, bc_decay=20) for _ in range(3))
+    whole.update(replay, 5)
+    first.update(replay, 5)
+    second.restore(first.state())
+    assert second.step == 5
+    wanted, found = whole.update(replay, 4), second.update(replay, 4)
+    assert all(torch.equal(value, found[name]) for name, value in wanted.items())
+    for name, value in second.state().items():
+        assert torch.equal(value, whole.state()[name]), name
+    with pytest.raises(CheckpointError, match="does not fit"):
+        make(kind, [0], width=5).restore(first.state())
+
+
+def test_targets_lag_and_the_entropy_can_be_left_out_of_the_backup() -> None:
+    replay = filled()
+    learner = make("sac", [0])
+    before = learner.networks["target_critic"].weights[0].clone()
+    online = learner.networks["critic"].weights[0]
+    learner.update(replay, 1)
+    after = learner.networks["target_critic"].weights[0]
+    torch.testing.assert_close(after, before + 0.005 * (online - before))
+    values = {}
+    for backup in (True, False):
+        one = make("sac", [0], entropy_backup=backup, initial_temperature=50.0, learn_temperature=False)
+        endless = filled()
+        endless._columns["discounts"] += 0.9
+        one.update(endless, 3)
+        values[backup] = one.update(endless, 1)["critic_loss"].item()
+    assert values[True] > 10 * values[False]
+
+
+def test_each_critic_of_the_noise_follows_its_own_critic_of_the_action() -> None:
+    noise_critic, action_critic = (StackedMLP(5, 1, 2, 4, 1) for _ in range(2))
+    with torch.no_grad():
+        for network, levels in ((noise_critic, (0.0, 0.0)), (action_critic, (1.0, 3.0))):
+            network.weights[-1].zero_()
+            network.biases[-1].copy_(torch.tensor(levels)[:, None, None])
+    seen, latents = torch.randn(1, 6, 3), torch.randn(1, 6, 2)
+    loss = noise_critic_loss(noise_critic, action_critic, seen, latents, decode(seen[0], latents[0])[None], LIMITS)
+    assert loss.item() == pytest.approx((1 + 9) / 2)
+    loss.sum().backward()
+    assert noise_critic.biases[-1].grad is not None
+    assert noise_critic.biases[-1].grad.flatten().tolist() == pytest.approx([-1.0, -3.0])
+    assert action_critic.biases[-1].grad is None
+
+
+def test_random_latents_stay_within_the_bound() -> None:
+    learner = make("aliasing", [0], distill_steps=3)
+    drawn = learner.draw(torch.Generator().manual_seed(0), 4).extra
+    assert drawn.shape == (4, 3, 8, 2)
+    assert (drawn.abs() <= LIMITS).all()
+    assert (drawn.abs() == LIMITS).any()
+
+
+def test_doing_as_successes_did() -> None:
+    replay = filled(prefilled=True)
+    near, far = (make("dsrl", [0], **{**FAST, "bc_weight": weight}) for weight in (30.0, 0.0))
+    examples = replay.gather(torch.arange(5)[None])
+    losses = []
+    for learner in (near, far):
+        learner.update(replay, 120)
+        losses.append(-log_density(learner.networks["actor"](examples.observations), examples.actions, LIMITS).mean())
+    assert losses[0] < losses[1] - 0.5
+    assert SACConfig(bc_weight=2.0, bc_decay=10).bc_weight_at(5) == 1.0
+    assert SACConfig(bc_weight=2.0, bc_decay=10).bc_weight_at(50) == 0.0
+    assert SACConfig(bc_weight=2.0).bc_weight_at(10**6) == 2.0
+
+
+def test_an_actor_begins_as_an_imitation() -> None:
+    learner = make("dsrl", [0, 1], **FAST)
+    seen = torch.randn(64, 3)
+    wanted = LIMITS * torch.tanh(seen[:, :2])
+    first = learner.imitate(seen, wanted, 1)
+    last = learner.imitate(seen, wanted, 200)
+    assert (last < first - 0.5).all()
+    assert (learner.act(seen.expand(2, -1, -1), explore=False) - wanted).abs().mean() < 0.25
+    assert learner.step == 0
+
+
+def test_candidates_are_chosen_by_their_worth_and_by_the_reasoners_word() -> None:
+    latents = torch.stack([LIMITS * share for share in (-0.5, 0.0, 0.5)]).expand(1, 4, 3, 2)
+    scores = torch.tensor([0.0, 0.2, 0.1]).expand(1, 4, 3)
+    best = make("anchors", [0]).choose(latents, scores)
+    assert (best == 0).all()
+    word = torch.tensor([1e-6, 1e-6, 1.0]).expand(1, 4, 3)
+    torch.testing.assert_close(make("anchors", [0]).choose(latents, scores, word), latents[:, :, 2])
+    average = make("anchors", [0], select="average", select_temperature=1e3).choose(latents, scores)
+    torch.testing.assert_close(average, torch.zeros_like(average), atol=1e-3, rtol=0)
+    wide = latents.repeat(1, 100, 1, 1)
+    lot = make("anchors", [0], select="sample", select_temperature=1e3).choose(wide, scores.repeat(1, 100, 1))
+    assert len(lot[0, :, 0].unique()) == 3
+
+
+@pytest.mark.parametrize("judged", ["noise", "chunk"])
+def test_anchors_learn_what_was_executed_is_worth(judged: str) -> None:
+    learner = make("anchors", [0], **{**FAST, "judged": judged, "target_rate": 0.05})
+    assert isinstance(learner, AnchorsLearner)
+    learner.update(filled(), 300)
+    seen = torch.zeros(1, 1, 3)
+    latents = torch.stack([BEST * LIMITS, -BEST * LIMITS]).view(1, 1, 2, 2)
+    executed = decode(seen.expand(1, 2, 3)[0], latents[0, 0]).view(1, 1, 2, 2)
+    good, bad = learner.scores(seen, latents, executed)[0, 0].tolist()
+    assert good == pytest.approx(0, abs=0.6)
+    assert bad == pytest.approx(-2 * 1.6**2, abs=1.6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"discount": 0.0}, InvalidInputError),
+        ({"update_ratio": 0}, InvalidInputError),
+        ({"subset": 3}, InvalidInputError),
+        ({"bc_weight": math.nan}, InvalidInputError),
+        ({"initial_temperature": 0.0}, InvalidInputError),
+        ({"prefilled_share": 2.0}, InvalidInputError),
+        ({"activation": "sine"}, UnknownNameError),
+        ({"variant": "ppo"}, UnknownNameError),
+        ({"select_temperature": 0.0}, InvalidInputError),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes: dict[str, Any], kind: type[Exception]) -> None:
+    with pytest.raises(kind):
+        dataclasses.replace(DSRLConfig(), **changes)
+
+
+def test_a_squashed_policy_needs_limits() -> None:
+    with pytest.raises(InvalidInputError, match="noise bound"):
+        ActionSizes(3, torch.tensor([1.0, math.inf]))
+    with pytest.raises(InvalidInputError, match="different"):
+        make("sac", [1, 1])
