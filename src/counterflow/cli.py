@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from counterflow import cli_dataset, cli_lerobot
+from counterflow.cli_cockpit import Cockpit
 from counterflow.cli_demonstrate import Demonstrate
 from counterflow.cli_options import GuidedName, Guiding, LearnedName, Steering, SteerName
 from counterflow.cli_serve import Serve
@@ -558,6 +559,7 @@ Command = (
     | Annotated[Film, tyro.conf.subcommand("film")]
     | Annotated[Analyse, tyro.conf.subcommand("analyse")]
     | Annotated[Serve, tyro.conf.subcommand("serve")]
+    | Annotated[Cockpit, tyro.conf.subcommand("cockpit")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
 

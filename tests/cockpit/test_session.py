@@ -35,7 +35,7 @@ def hold(session: Session, *ways: str, actions: int = 5, now: float = 0.0) -> fl
 
 
 def height(session: Session) -> float:
-    return float(session._effector()[2])
+    return float(session.effector[2])
 
 
 def test_keys_move_the_robot_and_letting_go_stops_it(make_session: MakeSession) -> None:

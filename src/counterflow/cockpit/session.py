@@ -653,6 +653,7 @@ class Session:
             "task": self.spec.task,
             "tasks": self.tasks,
             "state": self.state,
+            "moving": self.is_moving,
             "reason": self.reason,
             "episode": {
                 "index": episode.index,
@@ -708,6 +709,11 @@ class Session:
             self._env = None
 
     @property
+    def is_moving(self) -> bool:
+        """Whether a chunk is being executed."""
+        return self._chunk is not None
+
+    @property
     def tasks(self) -> list[str]:
         """The tasks of this family."""
         return [name for name in env_names() if family_of(name) == family_of(self.settings.env)]
@@ -752,7 +758,7 @@ class Session:
 
     def _draw_plan(self, plan: Plan) -> dict[str, Any]:
         spec = self.prior.action_spec
-        self._at = self._effector()
+        self._at = self.effector
         drawn: dict[str, Any] = {"chunk": paths_of(plan.actions.float().cpu().numpy(), spec, self.camera, self._at)}
         if plan.reference is not None:
             reference = executable(plan.reference.chunk.cpu(), spec)
@@ -765,7 +771,7 @@ class Session:
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "JPEG", quality=QUALITY)
         jpeg = buffer.getvalue()
-        effector = self._effector()
+        effector = self.effector
         gripper = self.camera.project(effector[None])[0] / (self.camera.width, self.camera.height)
         overlay = {**self._drawn, "gripper": [_number(value) for value in gripper]}
         number = 1 if self.frame is None else self.frame.number + 1
@@ -780,7 +786,9 @@ class Session:
             view["image/front"] = self._require_env().render()
         return view
 
-    def _effector(self) -> npt.NDArray[np.float64]:
+    @property
+    def effector(self) -> npt.NDArray[np.float64]:
+        """Where the gripper is, (3,) metres."""
         return self._batch.view(0)["proprio/effector_pos"]
 
     # The simulator
