@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from rich.console import Console
 
-from counterflow.cli_options import Steering
+from counterflow.cli_options import Asking, Steering
 from counterflow.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class Cockpit:
     device: str = "cpu"
     """Where the policy computes."""
     steering: Annotated[Steering, tyro.conf.arg(name="")] = field(default_factory=Steering)
+    asking: Annotated[Asking, tyro.conf.arg(name="")] = field(default_factory=Asking)
 
     def run(self, console: Console) -> None:
         """Drive until a signal comes."""
@@ -128,8 +129,20 @@ class Cockpit:
         return CockpitSettings(self.host, self.port, token)
 
     def reasoners(self) -> dict[str, Callable[[str], Reasoner]]:
-        """Return who can be handed over to, besides the script."""
-        return {}
+        """Return who can be handed over to, besides the script: a VLM, where one is named."""
+        from counterflow.reasoners.vlm import VLMClient, VLMReasoner
+
+        settings = self.asking.asked(needed=False)
+        if settings is None:
+            return {}
+        client = VLMClient(settings, self.asking.vlm_log)
+
+        def make(env: str) -> Reasoner:
+            from counterflow.envs import describe
+
+            return VLMReasoner(client, describe(env).task)
+
+        return {"vlm": make}
 
     def driver(self, settings: SessionSettings) -> Driver:
         """Return the driver, which is not started yet."""

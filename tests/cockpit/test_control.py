@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from counterflow.cockpit.control import Control, ways_of
+from counterflow.cockpit.control import Control
 from counterflow.envs import CameraView
 from counterflow.errors import InvalidInputError, UnknownNameError
 from counterflow.reasoners import Direction
+from counterflow.reasoners.words import OGBENCH_WAYS, ways_of
 
 # OGBench's camera stands in front of the robot and looks back at it.
 FRONT = CameraView(np.array([1.3, 0, 0.5]), np.array([[0, -0.34, 0.94], [1.0, 0, 0], [0, 0.94, 0.34]]), 45.0, 256, 256)
@@ -16,11 +17,12 @@ FRONT = CameraView(np.array([1.3, 0, 0.5]), np.array([[0, -0.34, 0.94], [1.0, 0,
 
 @pytest.fixture
 def control() -> Control:
-    return Control(ways_of(FRONT), stale_after=0.5)
+    return Control(ways_of(FRONT.rotation), stale_after=0.5)
 
 
 def test_directions_are_those_of_the_picture() -> None:
-    ways = ways_of(FRONT)
+    ways = ways_of(FRONT.rotation)
+    assert ways == OGBENCH_WAYS
     middle = np.array([0.4, 0.0, 0.1])
     (x0, y0), *others = FRONT.project(
         [middle, *(middle + 0.05 * np.array(ways[way]) for way in ("right", "away", "up"))]

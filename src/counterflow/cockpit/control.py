@@ -13,47 +13,15 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from counterflow.envs import CameraView
 from counterflow.errors import InvalidInputError, UnknownNameError
 from counterflow.reasoners import Direction
 from counterflow.reasoners.direction import GripperCommand
+from counterflow.reasoners.words import Axes
 
 Way = Literal["left", "right", "away", "nearer", "up", "down", "policy"]
 """What can be held: six directions as seen through the camera, and "let the policy decide"."""
 
-Axes = tuple[int, int, int]
 LESS = 0.5  # what the paper calls "less"
-
-
-def ways_of(camera: CameraView) -> dict[str, Axes]:
-    """Say which world axis each direction is, as seen through the camera.
-
-    "right" is the horizontal world axis that points most to the image's right, "away" the other one, pointing into the image.
-    """
-    right, backward = camera.rotation[:, 0], camera.rotation[:, 2]
-    across = int(np.abs(right[:2]).argmax())
-    along = 1 - across
-    to_right = _axis(across, 1 if right[across] > 0 else -1)
-    into = -backward[along] if abs(backward[along]) > 1e-6 else camera.rotation[along, 1]
-    away = _axis(along, 1 if into > 0 else -1)
-    return {
-        "right": to_right,
-        "left": _opposite(to_right),
-        "away": away,
-        "nearer": _opposite(away),
-        "up": (0, 0, 1),
-        "down": (0, 0, -1),
-    }
-
-
-def _axis(index: int, sign: int) -> Axes:
-    axes = [0, 0, 0]
-    axes[index] = sign
-    return axes[0], axes[1], axes[2]
-
-
-def _opposite(axes: Axes) -> Axes:
-    return -axes[0], -axes[1], -axes[2]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from counterflow.binding import Binding
-from counterflow.cockpit.control import Control, Wish, ways_of
+from counterflow.cockpit.control import Control, Wish
 from counterflow.cockpit.overlay import executable, paths_of
 from counterflow.cockpit.tallies import MIXED, Outcome, Tallies
 from counterflow.cockpit.training import CORRECTIONS, POLICIES, RECORDINGS, Training, train
@@ -40,12 +40,13 @@ from counterflow.errors import (
 from counterflow.experiments.evaluate import ReasonerSettings, load_prior, steered_by
 from counterflow.experiments.inversion import InversionSettings, invert_chunks
 from counterflow.experiments.record import arrays_of, step_noises
-from counterflow.experiments.rollout import Decision, check_fit
+from counterflow.experiments.rollout import Decision, check_fit, seen_by
 from counterflow.flow import denoise
 from counterflow.learning.dsbc import DSBCConfig
 from counterflow.policies import BasePolicy, bind
 from counterflow.random import RowGenerators, check_seed, child_seed
 from counterflow.reasoners import Convention, Direction, Reasoner, scripted_reasoner, to_reference
+from counterflow.reasoners.words import ways_of
 from counterflow.steering import (
     ChunkCritic,
     ChunkRegressor,
@@ -461,7 +462,11 @@ class Session:
     def _decide(self, wish: Wish) -> _Chunk:
         direction = wish.direction
         if direction is None:
-            direction = Direction(defer=True) if self._reasoner is None else self._reasoner.decide(self._view())
+            direction = (
+                Direction(defer=True)
+                if self._reasoner is None
+                else self._reasoner.decide(seen_by(self._reasoner, self._require_env(), self._batch, 0))
+            )
         before = self._batch.observation
         self._seen.append(before[0])
         speaks = not direction.defer
@@ -780,12 +785,6 @@ class Session:
             method = "" if chunk is None else chunk.method
             self._episode.shots.append(_Shot(jpeg, method, None if chunk is None else chunk.direction, effector))
 
-    def _view(self) -> dict[str, npt.NDArray[Any]]:
-        view: dict[str, npt.NDArray[Any]] = dict(self._batch.view(0))
-        if getattr(self._reasoner, "looks", False):
-            view["image/front"] = self._require_env().render()
-        return view
-
     @property
     def effector(self) -> npt.NDArray[np.float64]:
         """Where the gripper is, (3,) metres."""
@@ -804,7 +803,7 @@ class Session:
         first: Batch = self._env.reset([0])  # cameras stand where they stand only after a reset
         self._batch = first
         self.camera = self._env.camera()
-        self.control = Control(ways_of(self.camera), self.settings.stale_after, gripper)
+        self.control = Control(ways_of(self.camera.rotation), self.settings.stale_after, gripper)
         self.control.pilot = self.pilot is not None
 
     def _reopen(self) -> None:
