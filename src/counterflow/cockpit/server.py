@@ -155,6 +155,7 @@ class Cockpit:
             await asyncio.to_thread(self.driver.stop)
 
         app = FastAPI(title="Counterflow cockpit", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+        app.state.cockpit = self
 
         @app.middleware("http")
         async def guard(request: Request, call_next: Callable[[Request], Any]) -> Response:
