@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from counterflow import cli_dataset, cli_lerobot
+from counterflow.cli_cockpit import Cockpit
 from counterflow.cli_demonstrate import Demonstrate
-from counterflow.cli_options import GuidedName, Guiding, LearnedName, Steering, SteerName
+from counterflow.cli_options import Asking, GuidedName, Guiding, LearnedName, Steering, SteerName
 from counterflow.cli_serve import Serve
 from counterflow.errors import CounterflowError, InvalidInputError
 
@@ -32,6 +33,8 @@ Try 'counterflow demo' first. Then: 'counterflow eval ogbench/cube-single-task1 
 class Reasoning:
     """Who gives the coarse references, and how they are written."""
 
+    reasoner: Literal["script", "vlm"] = "script"
+    """script: one that knows the simulator's state; vlm: a vision-language model that sees images, see --vlm-model."""
     reasoner_error: float = 0.0
     """Probability that the reasoner names a wrong direction."""
     reasoner_delay: int = 0
@@ -40,12 +43,15 @@ class Reasoning:
     """How a direction becomes a reference chunk."""
     magnitude: float | None = None
     """Length of the reference's motion; default: the convention's."""
+    asking: Annotated[Asking, tyro.conf.arg(name="")] = field(default_factory=Asking)
 
     def settings(self) -> ReasonerSettings:
         """Return the reasoner's settings."""
         from counterflow.experiments.evaluate import ReasonerSettings
 
-        return ReasonerSettings(self.reasoner_error, self.reasoner_delay, self.convention, self.magnitude)
+        vlm = self.asking.asked(needed=True) if self.reasoner == "vlm" else None
+        folder = None if vlm is None else self.asking.vlm_log
+        return ReasonerSettings(self.reasoner_error, self.reasoner_delay, self.convention, self.magnitude, vlm, folder)
 
 
 @dataclass(frozen=True)
@@ -138,8 +144,9 @@ class Eval:
         if learned is not None and self.steer not in ("dsbc", "bc", "actor"):
             raise InvalidInputError(f"--noise-policy is of no use to --steer {self.steer}; did you mean --steer dsbc?")
         critic = self.guiding.load(self.policy, self.device, needed=self.steer == "qgf")
+        reasoner = self.reasoning.settings()
         with (
-            open_env(self.env, self.episodes, num_envs=self.num_envs) as env,
+            open_env(self.env, self.episodes, num_envs=self.num_envs, render=reasoner.render) as env,
             progress_bar(console, f"{self.env} {self.steer}", self.episodes, "episodes") as update,
         ):
             result = evaluate(
@@ -149,7 +156,7 @@ class Eval:
                 self.episodes,
                 self.seed,
                 settings=self.steering.settings(),
-                reasoner=self.reasoning.settings(),
+                reasoner=reasoner,
                 learned=learned,
                 critic=critic,
                 guidance=self.guiding.settings(),
@@ -612,6 +619,7 @@ Command = (
     | Annotated[Analyse, tyro.conf.subcommand("analyse")]
     | Annotated[Probe, tyro.conf.subcommand("probe")]
     | Annotated[Serve, tyro.conf.subcommand("serve")]
+    | Annotated[Cockpit, tyro.conf.subcommand("cockpit")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
 

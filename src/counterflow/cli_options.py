@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from counterflow.errors import InvalidInputError, UnknownNameError
 
 if TYPE_CHECKING:
+    from counterflow.reasoners.vlm import VLMSettings
     from counterflow.steering import ChunkCritic, GuidanceSettings, MethodSettings
 
 SteerName = Literal["base", "direct", "frs", "partial", "rank"]
@@ -126,3 +127,58 @@ def changed(config: Settings, settings: Sequence[str]) -> Settings:
             expected = "number" if kind is type(None) else kind.__name__
             raise InvalidInputError(f"the setting {name} was given as {text!r}; expected a {expected}.") from None
     return replace(config, **values)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class Asking:
+    """A vision-language model as the reasoner, through any endpoint that speaks OpenAI's API."""
+
+    vlm_model: str | None = None
+    """The model's name, as the endpoint knows it."""
+    vlm_url: str | None = None
+    """The endpoint, for example http://localhost:11434/v1 (Ollama) or http://localhost:8000/v1 (vLLM); default: OpenAI's."""
+    vlm_key_variable: str = "OPENAI_API_KEY"
+    """The environment's variable that holds the key; it is never written down."""
+    vlm_prompt: Path | None = None
+    """A prompt of your own; default: src/counterflow/reasoners/prompts/direction.md."""
+    vlm_every: int = 1
+    """Ask every so many chunks."""
+    vlm_asynchronous: bool = False
+    """Ask while the last chunk is executed."""
+    vlm_timeout: float = 20.0
+    """Seconds for an answer, all attempts together."""
+    vlm_fallback: Literal["defer", "repeat", "stay"] = "defer"
+    """What counts without an answer: the policy alone, what was said last, or standing still."""
+    vlm_structure: Literal["schema", "object", "none"] = "schema"
+    """How the answer's form is asked for; servers differ in what they know."""
+    vlm_most_queries: int | None = None
+    """The budget in queries; then the fallback."""
+    vlm_most_tokens: int | None = None
+    """The budget in tokens; then the fallback."""
+    vlm_per_minute: int | None = None
+    """Queries a minute at most."""
+    vlm_log: Path = Path("runs/vlm")
+    """Where queries are noted with image, answer, latency and tokens, and answers kept."""
+
+    def asked(self, *, needed: bool) -> VLMSettings | None:
+        """Return whom to ask, and how; None where nobody was named."""
+        from counterflow.reasoners.vlm import VLMSettings
+
+        if self.vlm_model is None:
+            if needed:
+                raise InvalidInputError("--reasoner vlm needs a model; name one with --vlm-model.")
+            return None
+        return VLMSettings(
+            self.vlm_model,
+            self.vlm_url,
+            self.vlm_key_variable,
+            every=self.vlm_every,
+            asynchronous=self.vlm_asynchronous,
+            timeout=self.vlm_timeout,
+            fallback=self.vlm_fallback,
+            structure=self.vlm_structure,
+            most_queries=self.vlm_most_queries,
+            most_tokens=self.vlm_most_tokens,
+            per_minute=self.vlm_per_minute,
+            prompt=self.vlm_prompt,
+        )

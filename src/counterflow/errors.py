@@ -64,3 +64,7 @@ class TrainingError(CounterflowError, RuntimeError):
 
 class ServingError(CounterflowError, RuntimeError):
     """A policy server could not begin, refused, failed or went away; the message carries its own account."""
+
+
+class ReasonerError(CounterflowError, RuntimeError):
+    """Whoever gives the references can't be asked: the message says why and what to set."""

@@ -129,6 +129,8 @@ def compare(
     done = {_key(result): result for result in results}
     rates: dict[str, dict[str, SuccessRate]] = {contender.label: {} for contender in contenders}
     kept: list[dict[str, Any]] = []
+    render = next((one.reasoner.render for one in contenders if one.reasoner.render is not None), None)
+    drawn: dict[str, Any] = {} if render is None else {"render": render}
     for task in expand_tasks(tasks):
         prior = load_prior(task, policy)
         env = None
@@ -137,7 +139,7 @@ def compare(
                 learned = None if contender.learned is None else ChunkRegressor.load(contender.learned)
                 settings: dict[str, Any] = {
                     "method": asdict(contender.settings),
-                    "reasoner": asdict(contender.reasoner),
+                    "reasoner": contender.reasoner.to_json(),
                 }
                 if learned is not None:
                     settings["learned"] = learned.fingerprint
@@ -157,7 +159,7 @@ def compare(
                 if result is None:
                     if on_start is not None:
                         on_start(task, contender)
-                    env = open_env(task, episodes) if env is None else env
+                    env = open_env(task, episodes, **drawn) if env is None else env
                     found = _run(env, prior, contender, learned, critic, episodes, seed, on_episode)
                     result = {**wanted, **found.to_json()}
                     results.append(result)

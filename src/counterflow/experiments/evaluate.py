@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from counterflow.experiments.weight import task_of, weigh
 from counterflow.policies import BasePolicy, load
 from counterflow.random import check_seed, child_seed
 from counterflow.reasoners import CONVENTIONS, Convention, Reasoner, UnreliableReasoner, scripted_reasoner
+from counterflow.reasoners.vlm import VLMClient, VLMReasoner, VLMSettings
 from counterflow.steering import (
     ChunkCritic,
     ChunkRegressor,
@@ -35,6 +37,7 @@ from counterflow.steering import (
 )
 
 MAX_EPISODES = 100_000
+VLM_SIZE = 384  # pixels: what a model is shown
 LEARNED = {"dsbc": "noise", "bc": "action"}
 """Methods that are driven by a learned chunk, and what it was trained on."""
 ACTOR = "actor"
@@ -59,18 +62,35 @@ class ReasonerSettings:
         delay: chunks that pass before a direction is acted on.
         convention: "ogbench" or "paper".
         magnitude: overrides the convention's magnitude.
+        vlm: a vision-language model that is asked instead of the script; None: the script.
+        vlm_folder: where its queries are noted, and answers kept; None: nowhere.
     """
 
     error: float = 0.0
     delay: int = 0
     convention: str = "ogbench"
     magnitude: float | None = None
+    vlm: VLMSettings | None = None
+    vlm_folder: Path | None = None
+
+    @property
+    def render(self) -> RenderSettings | None:
+        """How frames are drawn for a reasoner that looks; None: it doesn't."""
+        return None if self.vlm is None else RenderSettings(VLM_SIZE, VLM_SIZE)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what determines the references, as plain values."""
+        content: dict[str, Any] = {name: getattr(self, name) for name in ("error", "delay", "convention", "magnitude")}
+        # Left out where there is none, so that recordings made before it was known go on.
+        return content | ({} if self.vlm is None else {"vlm": self.vlm.to_json()})
 
     def maker(self, env: str) -> MakeReasoner:
         """Return a function that makes the reasoner for the environment called `env`."""
+        client = None if self.vlm is None else VLMClient(self.vlm, self.vlm_folder)
+        task = "" if client is None else describe(env).task
 
         def make() -> Reasoner:
-            reasoner = scripted_reasoner(env)
+            reasoner: Reasoner = scripted_reasoner(env) if client is None else VLMReasoner(client, task)
             return UnreliableReasoner(reasoner, self.error, self.delay) if self.error or self.delay else reasoner
 
         make()  # settings out of range are refused here, not in the middle of a run
@@ -253,7 +273,7 @@ def evaluate(
     return Evaluation(
         env=env.spec.name,
         steer=method,
-        settings={**own, **({} if make_reasoner is None else asdict(reasoner))},
+        settings={**own, **({} if make_reasoner is None else reasoner.to_json())},
         policy=policy_name(policy),
         seed=seed,
         rate=SuccessRate(sum(episode.success for episode in finished), episodes),

@@ -112,7 +112,7 @@ def _choose(
     if tries == 1:
         return seeds[0]
     solved: list[int] = []
-    with make_env(env, min(AT_ONCE, tries)) as rehearsal:
+    with make_env(env, min(AT_ONCE, tries), render=reasoner.render) as rehearsal:
         for first in range(0, tries, AT_ONCE):
             batch = seeds[first : first + AT_ONCE]
             convention = reasoner.writing()

@@ -110,7 +110,7 @@ def record(
         "env": env,
         "method": method,
         "settings": own_settings(method, settings),
-        "reasoner": None if method == "base" else asdict(reasoner),
+        "reasoner": None if method == "base" else reasoner.to_json(),
         "every_step": asdict(of_steps) if every_step else None,
         "seed": check_seed(seed),
         "policy": binding.policy,
@@ -155,8 +155,11 @@ def record(
                         on_episode(episode, sum(outcomes.values()))
                     episode.decisions.clear()
 
+                drawn: dict[str, Any] = (
+                    {} if reasoner.render is None or method == "base" else {"render": reasoner.render}
+                )
                 vector = (
-                    open_env(env, max(episodes or successes, SMALLEST_WAVE), num_envs=num_envs)
+                    open_env(env, max(episodes or successes, SMALLEST_WAVE), num_envs=num_envs, **drawn)
                     if vector is None
                     else vector
                 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from counterflow.envs.types import Image
 from counterflow.errors import InvalidInputError, MismatchError
 from counterflow.policies import BasePolicy
 from counterflow.random import RowGenerators, child_seed
-from counterflow.reasoners import OGBENCH, Convention, Direction, Reasoner, to_reference
+from counterflow.reasoners import OGBENCH, Convention, Direction, Reasoner, View, to_reference
 from counterflow.steering import Plan, SteeredPolicy
 
 MakeReasoner = Callable[[], Reasoner]
@@ -199,7 +200,7 @@ def run_episodes(
         reference = None
         if reasoners is not None:
             for row in active:
-                directions[row] = reasoners[row].decide(batch.view(row))
+                directions[row] = reasoners[row].decide(seen_by(reasoners[row], env, batch, row))
                 episodes[playing[row]].queries += 1
             reference = to_reference(directions, spec, convention)
         if film:
@@ -225,6 +226,14 @@ def run_episodes(
         if fresh:
             batch = env.reset(fresh)
     return episodes
+
+
+def seen_by(reasoner: Reasoner, env: VectorEnv, batch: Batch, row: int) -> View:
+    """Return what a reasoner is shown of a row: the simulator's account, and an image for one that looks."""
+    view: dict[str, npt.NDArray[Any]] = dict(batch.view(row))
+    if getattr(reasoner, "looks", False):
+        view["image/front"] = env.render(row)
+    return view
 
 
 def decision_of(

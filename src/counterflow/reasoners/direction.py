@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from counterflow.policies import ActionSpec
 from counterflow.steering import Reference
 
 GripperCommand = Literal["policy", "hold", "open", "close"]
-View = Mapping[str, npt.NDArray[np.float64]]
+View = Mapping[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,10 @@ def to_reference(directions: Sequence[Direction], spec: ActionSpec, convention: 
 
 
 class Reasoner(Protocol):
-    """Somebody who looks at the situation before each chunk and says a direction. One reasoner serves one episode at a time."""
+    """Somebody who looks at the situation before each chunk and says a direction. One reasoner serves one episode at a time.
+
+    One that has an attribute `looks` that is true finds camera images in what it is shown: "image/<camera>", (height, width, 3).
+    """
 
     def reset(self, seed: int) -> None:
         """Forget the last episode; `seed` feeds whatever is random."""

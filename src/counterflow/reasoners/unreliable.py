@@ -33,6 +33,7 @@ class UnreliableReasoner:
         if not (isinstance(delay, int) and 0 <= delay <= 1000):
             raise InvalidInputError(f"reasoner delay is {delay!r}; expected 0 to 1000 chunks.")
         self._reasoner, self._error, self._delay = reasoner, error, delay
+        self.looks = bool(getattr(reasoner, "looks", False))
         self.reset(0)
 
     def reset(self, seed: int) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import http
-import ipaddress
 import logging
 import secrets
 import ssl
@@ -33,6 +32,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
 
+from counterflow.addresses import is_loopback
 from counterflow.errors import CounterflowError, InvalidInputError, ServingError
 from counterflow.serving.batching import Batcher
 from counterflow.serving.messages import MessageLimits, pack, unpack
@@ -129,16 +129,6 @@ class ServerSettings:
                 "its private key, without a password."
             ) from error
         return context
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can connect to `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class _Connection(ServerConnection):

@@ -1,0 +1,883 @@
+"""One environment, one driver: what happens between a key press and a recorded episode. No threads, no clock, no network.
+
+A session is advanced from outside: `advance(now)` executes at most one action. Between two calls it takes in reports and
+commands. It runs in whatever thread its owner likes, but in one; trainings and the keeping of episodes go to `background`.
+
+States: "driving" (moves as long as somebody wants it to), "paused", "finished" (the episode is over; it can be kept or
+discarded), "failed" (the simulator died; `restart` brings a new one).
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from counterflow.binding import Binding
+from counterflow.cockpit.control import Control, Wish
+from counterflow.cockpit.overlay import executable, paths_of
+from counterflow.cockpit.tallies import MIXED, Outcome, Tallies
+from counterflow.cockpit.training import CORRECTIONS, POLICIES, RECORDINGS, Training, train
+from counterflow.data import SteeringDataset, SteeringEpisode
+from counterflow.envs import Batch, RenderSettings, VectorEnv, env_names, family_of, make_env
+from counterflow.errors import (
+    CounterflowError,
+    InvalidInputError,
+    MismatchError,
+    UnknownNameError,
+    WorkerError,
+)
+from counterflow.experiments.evaluate import ReasonerSettings, load_prior, steered_by
+from counterflow.experiments.inversion import InversionSettings, invert_chunks
+from counterflow.experiments.record import arrays_of, step_noises
+from counterflow.experiments.rollout import Decision, check_fit, seen_by
+from counterflow.flow import denoise
+from counterflow.learning.dsbc import DSBCConfig
+from counterflow.policies import BasePolicy, bind
+from counterflow.random import RowGenerators, check_seed, child_seed
+from counterflow.reasoners import Convention, Direction, Reasoner, scripted_reasoner, to_reference
+from counterflow.reasoners.words import ways_of
+from counterflow.steering import (
+    ChunkCritic,
+    ChunkRegressor,
+    GuidanceSettings,
+    MethodSettings,
+    Plan,
+    SteeredPolicy,
+    binding_of,
+    choose_weight,
+    guide,
+    steer,
+)
+
+State = Literal["driving", "paused", "finished", "failed"]
+METHODS = ("base", "direct", "partial", "rank", "frs", "dsbc", "guided")
+NOISY = ("base", "rank", "frs", "dsbc")
+"""Methods whose chunk is what the flow makes of the noise that is kept."""
+QUALITY = 82  # of the pictures, JPEG
+SEEN = 64  # observations that are remembered, to weigh a critic by
+MOST_FRAMES = 4000  # of an episode's film
+FAN = 12
+
+
+class Background(Protocol):
+    """Where what takes long is done: a `concurrent.futures` executor, or, in tests, right here."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
+        """Do it, sooner or later."""
+        ...
+
+
+class Here:
+    """Does everything at once."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
+        """Do it now."""
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@dataclass(frozen=True)
+class SessionSettings:
+    """What a session drives, and how.
+
+    Attributes:
+        env: the task; others of its family can be chosen later.
+        out: the run's folder.
+        policy: the frozen policy; None: the shipped prior of the task's family.
+        noise_policy: what 'counterflow distill' wrote, to drive with it at once.
+        critic: what 'counterflow critic' wrote, for "guided".
+        seed: what every episode descends from.
+        method: how references are followed at first.
+        steering: of the methods; K of the noises that are recorded is `steering.reversal_steps`.
+        convention: how a direction is written into a chunk.
+        magnitude: overrides the convention's.
+        stale_after: seconds after which the driver's report no longer counts.
+        rate: actions a second.
+        size: height and width of the picture, pixels.
+        workers: simulator processes; 1, or 0 for none.
+        device: where the policy computes.
+        distillation: settings of the training.
+
+    Raises:
+        InvalidInputError: a number is out of range.
+        UnknownNameError: there is no such method.
+    """
+
+    env: str
+    out: Path
+    policy: str | None = None
+    noise_policy: Path | None = None
+    critic: Path | None = None
+    seed: int = 0
+    method: str = "frs"
+    steering: MethodSettings = field(default_factory=MethodSettings)
+    convention: str = "ogbench"
+    magnitude: float | None = None
+    stale_after: float = 0.6
+    rate: float = 20.0
+    size: int = 256
+    workers: int = 1
+    device: str = "cpu"
+    distillation: DSBCConfig = field(default_factory=DSBCConfig)
+
+    def __post_init__(self) -> None:
+        """Check names and numbers."""
+        if self.method not in METHODS:
+            raise UnknownNameError("method", self.method, METHODS)
+        if not 1 <= self.rate <= 200:
+            raise InvalidInputError(f"rate is {self.rate!r}; expected 1 to 200 actions a second.")
+        if not 64 <= self.size <= 1024:
+            raise InvalidInputError(f"size is {self.size!r}; expected 64 to 1024 pixels.")
+        check_seed(self.seed)
+        ReasonerSettings(convention=self.convention, magnitude=self.magnitude).writing()
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A picture and what is drawn over it.
+
+    Attributes:
+        number: it only grows.
+        jpeg: the picture.
+        overlay: paths in shares of width and height: "reference", "fan", "chunk", and where the gripper is, "gripper".
+        step: environment steps so far.
+        sequence: number of the last report of the driver's that moved the robot.
+    """
+
+    number: int
+    jpeg: bytes
+    overlay: dict[str, Any]
+    step: int
+    sequence: int
+
+
+@dataclass
+class _Chunk:
+    """A chunk that is being executed."""
+
+    wish: Wish
+    direction: Direction
+    plan: Plan
+    method: str
+    steps: int
+    intervened: bool
+    observation: npt.NDArray[np.float32]
+    actions: npt.NDArray[np.float32]
+    seen: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+
+
+@dataclass
+class _Shot:
+    """A frame of the film."""
+
+    jpeg: bytes
+    method: str
+    direction: Direction | None
+    effector: npt.NDArray[np.float64]
+
+
+@dataclass
+class _Episode:
+    """What was driven so far."""
+
+    env: str
+    seed: int
+    index: int
+    decisions: list[Decision] = field(default_factory=list)
+    methods: list[str] = field(default_factory=list)
+    reusable: list[bool] = field(default_factory=list)
+    shots: list[_Shot] = field(default_factory=list)
+    success: bool = False
+    steps: int = 0
+    kept: Literal["", "kept", "discarded"] = ""
+
+    @property
+    def method(self) -> str:
+        """How it was driven, in a word."""
+        used = set(self.methods)
+        if "dsbc" in used:
+            helped = any(one.intervened for one in self.decisions)
+            return "dsbc+help" if helped or len(used) > 1 else "dsbc"
+        return used.pop() if len(used) == 1 else MIXED
+
+
+class Session:
+    """Drives one environment.
+
+    Args:
+        settings: what and how.
+        background: where trainings and the keeping of episodes are done; None: right here.
+        reasoners: who can be handed over to, by name, besides "script": functions that make one, given the task's name.
+        make: makes the environment.
+
+    Raises:
+        CounterflowError: the task is unknown, or the policy can't drive it, or this machine can't draw.
+    """
+
+    def __init__(
+        self,
+        settings: SessionSettings,
+        background: Background | None = None,
+        reasoners: Mapping[str, Callable[[str], Reasoner]] | None = None,
+        make: Callable[[SessionSettings], VectorEnv] | None = None,
+    ) -> None:
+        self.settings = settings
+        self._background: Background = Here() if background is None else background
+        self._make = _make_env if make is None else make
+        self._reasoners: dict[str, Callable[[str], Reasoner]] = {"script": scripted_reasoner, **(reasoners or {})}
+        self.prior: BasePolicy = load_prior(settings.env, settings.policy, settings.device)
+        if self.prior.action_spec.layout is None:
+            raise MismatchError(
+                f"the actions of {settings.env} are no directions in space, so there is nothing that keys could say. Choose a "
+                "manipulation task."
+            )
+        self.binding: Binding = binding_of(self.prior, settings.steering.reversal_steps)
+        self.method, self.steering, self.magnitude = settings.method, settings.steering, settings.magnitude
+        self.critic = None if settings.critic is None else ChunkCritic.load(settings.critic, settings.device)
+        self.weight: float | None = None
+        self.learned: dict[str, ChunkRegressor] = {}
+        self.noise_policy: str | None = None
+        self._load_learned()
+        self.tallies = Tallies(settings.out / "tallies.json")
+        self.pilot: str | None = None
+        self.training: Training | None = None
+        self.notes: deque[dict[str, Any]] = deque(maxlen=20)
+        self._noted = 0
+        self._pending: list[tuple[str, Future[Any]]] = []
+        self._seen: deque[npt.NDArray[np.float32]] = deque(maxlen=SEEN)
+        self._counts: dict[str, Any] = {}
+        self._writing = threading.Lock()  # a dataset lets one write at a time, of the same process, too
+        self._steered: tuple[Any, SteeredPolicy] | None = None
+        self.frame: Frame | None = None
+        self.state: State = "paused"
+        self.reason = ""
+        self.env_name = settings.env
+        self._env: VectorEnv | None = None
+        self._reasoner: Reasoner | None = None
+        self._chunk: _Chunk | None = None
+        self._open()
+        self._count_recordings()
+        self.begin()
+        self.state = "paused"
+
+    # What is reported and commanded
+
+    def pause(self, reason: str = "") -> None:
+        """Stand still until `resume`."""
+        self.control.let_go()
+        self._end_chunk()
+        if self.state == "driving":
+            self.state, self.reason = "paused", reason
+
+    def resume(self) -> None:
+        """Drive on."""
+        if self.state == "paused":
+            self.state, self.reason = "driving", ""
+
+    def begin(self) -> None:
+        """Begin a new episode. One that was driven and isn't over counts as failed; one that is over is kept, if undecided."""
+        self._close_episode()
+        index = self._next_index
+        self._next_index += 1
+        seed = child_seed(self.settings.seed, "cockpit", index)
+        self._episode = _Episode(self.env_name, seed, index)
+        self._noise = RowGenerators([child_seed(seed, "policy")])
+        self._chunk = None
+        self._drawn: dict[str, Any] = {}
+        self._sequence = 0
+        self._reset_reasoner()
+        try:
+            self._batch = self._require_env().reset([child_seed(seed, "environment")])
+            self._show(self._require_env().render(), None)
+        except WorkerError as error:
+            self._fail(error)
+            return
+        self.control.let_go()
+        self.state, self.reason = "driving", ""
+
+    def keep(self) -> None:
+        """Keep the finished episode in the dataset. It is on disk some moments later."""
+        if self.state != "finished" or self._episode.kept:
+            return
+        self._episode.kept = "kept"
+        self._later("keep", self._write_episode, self._episode)
+
+    def discard(self) -> None:
+        """Leave the finished episode out of the dataset. It stays in the tallies."""
+        if self.state == "finished" and not self._episode.kept:
+            self._episode.kept = "discarded"
+
+    def choose(
+        self,
+        *,
+        method: str | None = None,
+        reversal_steps: int | None = None,
+        steps: int | None = None,
+        tau: float | None = None,
+        candidates: int | None = None,
+        magnitude: float | None = None,
+        noise_policy: str | None = None,
+        pilot: str | None = None,
+    ) -> None:
+        """Change how it is driven, from the next chunk on. What isn't given stays.
+
+        Args:
+            method: one of `METHODS`.
+            reversal_steps: K of FRS.
+            steps: denoising steps of the others.
+            tau: of partial noising.
+            candidates: of sample-and-rank.
+            magnitude: length of the reference's motion.
+            noise_policy: the name of one that was learned here or loaded.
+            pilot: who drives when no key is held: "policy", "script", "vlm" (where there is one), or "" for nobody.
+
+        Raises:
+            UnknownNameError, InvalidInputError, MismatchError: a value can't be right; nothing has changed.
+        """
+        given: dict[str, Any] = {"reversal_steps": reversal_steps, "steps": steps, "tau": tau, "candidates": candidates}
+        steering = replace(self.steering, **{name: value for name, value in given.items() if value is not None})
+        chosen = self.noise_policy if noise_policy is None else noise_policy
+        if noise_policy is not None and noise_policy not in self.learned:
+            raise UnknownNameError("noise policy", noise_policy, self.learned)
+        wanted = self.method if method is None else method
+        if wanted not in METHODS:
+            raise UnknownNameError("method", wanted, METHODS)
+        for other in (m for m in METHODS if m not in ("dsbc", "guided", "base")):
+            steer(self.prior, other, steering)  # numbers out of range are refused here
+        if magnitude is not None:
+            ReasonerSettings(convention=self.settings.convention, magnitude=magnitude).writing()
+        if pilot is not None and pilot not in ("", "policy", *self._reasoners):
+            raise UnknownNameError("pilot", pilot, ("policy", *self._reasoners))
+        if wanted == "guided" and self.critic is None:
+            raise InvalidInputError("'guided' needs a critic; start the cockpit with --critic.")
+        if wanted == "dsbc":
+            if chosen is None:
+                raise InvalidInputError(
+                    "there is no noise policy yet. Record successes and press 'train', or start with --noise-policy."
+                )
+            steered_by(self.prior, "dsbc", steering, self.learned[chosen])
+        self.steering, self.noise_policy, self.method = steering, chosen, wanted
+        self.magnitude = self.magnitude if magnitude is None else magnitude
+        self._steered = None
+        if pilot is not None:
+            self.hand_over(pilot)
+
+    def hand_over(self, pilot: str) -> None:
+        """Let somebody drive while no key is held: "policy", a reasoner's name, or nobody ("").
+
+        Raises:
+            UnknownNameError: nobody of that name; MissingDependencyError and others: who was meant can't come.
+        """
+        if pilot not in ("", "policy", *self._reasoners):
+            raise UnknownNameError("pilot", pilot, ("policy", *self._reasoners))
+        self._reasoner = self._reasoners[pilot](self.env_name) if pilot in self._reasoners else None
+        self.pilot = pilot or None
+        self.control.pilot = self.pilot is not None
+        self._reset_reasoner()
+
+    def go_to(self, env: str) -> None:
+        """Go to another task of the family.
+
+        Raises:
+            UnknownNameError: it is none.
+        """
+        if env not in self.tasks:
+            raise UnknownNameError("task of this family", env, self.tasks)
+        self._close_episode()
+        self.env_name = env
+        self._reopen()
+
+    def restart(self) -> None:
+        """Start the simulator anew; the episode in which it died is lost."""
+        self._episode.decisions.clear()
+        self._reopen()
+
+    def start_training(self) -> None:
+        """Train a noise policy on what was recorded of this task.
+
+        Raises:
+            InvalidInputError: a training runs already.
+        """
+        if self.training is not None and self.training.state == "running":
+            raise InvalidInputError("a training is running; wait for it, or stop it.")
+        number = 1
+        while (self.settings.out / POLICIES / f"noise-policy-{number}.safetensors").exists():
+            number += 1
+        self.training = Training(f"noise-policy-{number}")
+        initial = self.learned.get(self.noise_policy or "")
+        self._later("train", self._train, self.training, self.env_name, initial)
+
+    def stop_training(self) -> None:
+        """Stop the training."""
+        if self.training is not None:
+            self.training.stop.set()
+
+    def export_video(self) -> None:
+        """Write a film of this episode, as far as it is, into the run's folder."""
+        if not self._episode.shots:
+            raise InvalidInputError("there is nothing to film yet; drive first.")
+        episode = replace(self._episode, shots=list(self._episode.shots))
+        self._later("film", self._write_film, episode)
+
+    # What happens
+
+    def advance(self, now: float) -> bool:
+        """Execute one action, if somebody wants motion; return whether one was executed."""
+        self._take_in()
+        if self.state != "driving":
+            return False
+        try:
+            if self._chunk is not None and not self.control.goes_on(self._chunk.wish, now):
+                self._end_chunk()
+            if self._chunk is None:
+                wish = self.control.wish(now)
+                if wish is None:
+                    return False
+                self._chunk = self._decide(wish)
+            self._execute(self._chunk)
+        except WorkerError as error:
+            self._fail(error)
+        except CounterflowError as error:  # of a policy or a reasoner: the episode can be gone on with
+            self._chunk = None
+            self.note(str(error), "error")
+            self.pause(str(error))
+        return True
+
+    def _decide(self, wish: Wish) -> _Chunk:
+        direction = wish.direction
+        if direction is None:
+            direction = (
+                Direction(defer=True)
+                if self._reasoner is None
+                else self._reasoner.decide(seen_by(self._reasoner, self._require_env(), self._batch, 0))
+            )
+        before = self._batch.observation
+        self._seen.append(before[0])
+        speaks = not direction.defer
+        intervened = self.method == "dsbc" and speaks
+        method = "frs" if intervened else self.method
+        policy = self._steered_by(method)
+        reference = to_reference([direction], self.prior.action_spec, self.convention) if speaks else None
+        plan = policy.act(torch.from_numpy(before), reference, self._noise)
+        executed = self.prior.action_spec.executed
+        self._sequence = wish.sequence
+        self._drawn = self._draw_plan(plan)
+        return _Chunk(
+            wish,
+            direction,
+            plan,
+            method,
+            policy.steps,
+            intervened,
+            before[0],
+            plan.actions[0, :executed].float().cpu().numpy(),
+        )
+
+    def _execute(self, chunk: _Chunk) -> None:
+        env = self._require_env()
+        index = len(chunk.rewards)
+        chunk.seen.append(self._batch.observation[0])
+        self._batch = env.execute(chunk.actions[None, index : index + 1], rows=[0], record=[0])
+        chunk.rewards.append(float(self._batch.rewards[0, 0]))
+        self._episode.steps += 1
+        self._episode.success = self._episode.success or bool(self._batch.success[0])
+        self._show(self._batch.frames[0][-1], chunk)
+        if index == 0:  # after the first action has gone, so that the key was answered by then
+            self._drawn["fan"] = self._fan(chunk.observation)
+        over = bool(self._batch.done[0])
+        if over or index + 1 == len(chunk.actions):
+            self._end_chunk()
+        if over:
+            self._finish()
+
+    def _end_chunk(self) -> None:
+        """Note the decision as far as it was executed."""
+        chunk, self._chunk = self._chunk, None
+        if chunk is None or not chunk.rewards:
+            return
+        plan, count = chunk.plan, len(chunk.rewards)
+        whole = plan.chunk[0]
+        reference, active, steered = torch.zeros_like(whole), False, torch.zeros_like(whole, dtype=torch.bool)
+        if plan.reference is not None and bool(plan.reference.active[0]):
+            reference, active, steered = plan.reference.chunk[0], True, plan.reference.steered[0]
+        self._episode.decisions.append(
+            Decision(
+                observation=chunk.observation,
+                features=None if plan.features is None else plan.features[0].float().cpu().numpy(),
+                reference=reference.float().cpu().numpy(),
+                active=active,
+                steered=steered.cpu().numpy(),
+                noise=plan.noise[0].float().cpu().numpy(),
+                start_time=float(plan.start_time[0]),
+                chunk=whole.float().cpu().numpy(),
+                intervened=chunk.intervened,
+                step_observations=np.stack(chunk.seen),
+                step_actions=chunk.actions[:count],
+                rewards=np.asarray(chunk.rewards, np.float32),
+            )
+        )
+        self._episode.methods.append("dsbc" if chunk.intervened else chunk.method)
+        self._episode.reusable.append(chunk.method in NOISY and chunk.steps == self.binding.steps)
+
+    def _finish(self) -> None:
+        self.state = "finished"
+        self.reason = "success" if self._episode.success else "out of time"
+        self.control.let_go()
+        self._count_outcome(success=self._episode.success)
+
+    def _fail(self, error: CounterflowError) -> None:
+        self.state, self.reason = "failed", str(error)
+        self._chunk = None
+        self.note(str(error), "error")
+
+    def _close_episode(self) -> None:
+        episode = getattr(self, "_episode", None)
+        if episode is None:
+            return
+        if self.state == "finished":
+            self.keep()
+        else:
+            self._end_chunk()
+            if episode.decisions:
+                self._count_outcome(success=False)
+
+    def _count_outcome(self, *, success: bool) -> None:
+        one = self._episode
+        try:
+            self.tallies.add(Outcome(one.env, one.seed, one.index, one.method, success, one.steps, len(one.decisions)))
+        except CounterflowError as error:
+            self.note(str(error), "error")
+
+    # Keeping, training, filming: in the background
+
+    def _write_episode(self, episode: _Episode) -> str:
+        """Put an episode into the dataset as `counterflow record` does; return what to say."""
+        arrays = arrays_of(episode.decisions)
+        steps = self.binding.steps
+        foreign = np.flatnonzero(~np.array(episode.reusable))
+        if len(foreign):
+            exact = InversionSettings(steps=steps)
+            found, missed = (
+                one.float().cpu().numpy()
+                for one in invert_chunks(
+                    self.prior,
+                    torch.from_numpy(arrays["observations"][foreign]),
+                    torch.from_numpy(arrays["chunks"][foreign]),
+                    exact,
+                )
+            )
+            known = np.isfinite(found).all((1, 2)) & (missed <= exact.tolerance)
+            # What no noise gives must not be learned from: no noise lies at t = 1.
+            arrays["noise"][foreign] = np.where(known[:, None, None], found, 0.0)
+            arrays["start_time"][foreign] = np.where(known, 0.0, 1.0)
+        helped = "dsbc" in episode.methods
+        of_steps = InversionSettings.of("regularised", steps)
+        if episode.success or helped:
+            arrays |= step_noises(self.prior, arrays, of_steps)
+            arrays["step_intervened"] = np.repeat(arrays["intervened"], arrays["executed"])
+        arrays["method"] = np.array([METHODS.index(method) for method in episode.methods], np.int64)
+        place = self.settings.out / (CORRECTIONS if helped else RECORDINGS)
+        provenance = {
+            "recording": "cockpit",
+            "env": episode.env,
+            "methods": list(METHODS),
+            "every_step": "regularised",
+            "seed": self.settings.seed,
+            "policy": self.binding.policy,
+        }
+        with self._writing, SteeringDataset.create_or_open(place, self.binding) as dataset:
+            source = dataset.add_source(provenance)
+            dataset.append(SteeringEpisode(episode.env, episode.seed, episode.index, episode.success, source, arrays))
+        self._count_recordings()
+        return f"episode {episode.index} is kept ({'success' if episode.success else 'failure'})"
+
+    def _train(self, training: Training, env: str, initial: ChunkRegressor | None) -> str:
+        made = train(
+            self.settings.out,
+            env,
+            training,
+            config=self.settings.distillation,
+            initial=initial,
+            seed=self.settings.seed,
+        )
+        if made is None:
+            raise InvalidInputError(training.message)
+        self.learned = self.learned | {training.name: made}
+        return f"{training.name} is trained"
+
+    def _write_film(self, episode: _Episode) -> str:
+        from counterflow.cockpit.filming import write_film
+
+        path = self.settings.out / "videos" / f"episode-{episode.index}.mp4"
+        shots = [(one.jpeg, one.method, one.direction, one.effector) for one in episode.shots]
+        write_film(path, shots, self.camera, self.spec.max_episode_steps, episode.success, self.spec.task)
+        return f"{path.name} is written"
+
+    def _later(self, what: str, function: Callable[..., Any], *arguments: Any) -> None:
+        self._pending.append((what, self._background.submit(function, *arguments)))
+
+    def _take_in(self) -> None:
+        """Say what became of what was done in the background."""
+        for entry in [entry for entry in self._pending if entry[1].done()]:
+            self._pending.remove(entry)
+            what, future = entry
+            error = future.exception()
+            if error is None:
+                self.note(str(future.result()), "done")
+            else:
+                self.note(f"{what}: {error}", "error")
+
+    # What is shown
+
+    def note(self, text: str, kind: str = "info") -> None:
+        """Say something to everybody who watches."""
+        self._noted += 1
+        self.notes.append({"number": self._noted, "kind": kind, "text": text[:600]})
+
+    def describe(self) -> dict[str, Any]:
+        """Return everything but the picture, as plain values."""
+        episode = self._episode
+        return {
+            "env": self.env_name,
+            "task": self.spec.task,
+            "tasks": self.tasks,
+            "state": self.state,
+            "moving": self.is_moving,
+            "reason": self.reason,
+            "episode": {
+                "index": episode.index,
+                "step": episode.steps,
+                "max_steps": self.spec.max_episode_steps,
+                "decisions": len(episode.decisions),
+                "success": episode.success,
+                "kept": episode.kept,
+                "method": episode.method if episode.methods else "",
+            },
+            "rate": self.settings.rate,
+            "method": self.method,
+            "methods": [{"name": name, "available": self._available(name)} for name in METHODS],
+            "settings": {
+                "reversal_steps": self.steering.reversal_steps,
+                "steps": self.steering.steps,
+                "tau": self.steering.tau,
+                "candidates": self.steering.candidates,
+                "magnitude": self.convention.magnitude,
+                "recorded_steps": self.binding.steps,
+            },
+            "gripper": self.control.gripper,
+            "pilot": self.pilot or "",
+            "pilots": ["policy", *self._reasoners],
+            "noise_policy": self.noise_policy,
+            "noise_policies": list(self.learned),
+            "tallies": self.tallies.of(self.env_name),
+            "dataset": self._counts,
+            "training": None if self.training is None else self.training.to_json(),
+            "busy": [what for what, _ in self._pending],
+            "exports": self.exports(),
+            "notes": list(self.notes),
+            "stale_after": self.settings.stale_after,
+        }
+
+    def exports(self) -> list[str]:
+        """Return what there is to download, by its path in the run's folder."""
+        out = self.settings.out
+        found = [
+            *(out / POLICIES).glob("*.safetensors"),
+            *(out / POLICIES).glob("*.json"),
+            *(out / "videos").glob("*.mp4"),
+        ]
+        return sorted(str(path.relative_to(out)) for path in found if not path.name.startswith("."))
+
+    def close(self) -> None:
+        """End the simulator; an undecided episode that is over is kept."""
+        if self.state == "finished":
+            self.keep()
+        self.stop_training()
+        if self._env is not None:
+            self._env.close()
+            self._env = None
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether a chunk is being executed."""
+        return self._chunk is not None
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks of this family."""
+        return [name for name in env_names() if family_of(name) == family_of(self.settings.env)]
+
+    @property
+    def convention(self) -> Convention:
+        """How directions are written into chunks now."""
+        return ReasonerSettings(convention=self.settings.convention, magnitude=self.magnitude).writing()
+
+    def _available(self, method: str) -> bool:
+        return {"dsbc": bool(self.learned), "guided": self.critic is not None}.get(method, True)
+
+    def _steered_by(self, method: str) -> SteeredPolicy:
+        steering = self.steering
+        if method == "frs" and self.method == "dsbc":
+            # Somebody helps: with the recorded K, so that the noise is what the noise policy should have said.
+            steering = replace(steering, reversal_steps=self.binding.steps)
+        key = (method, steering, self.noise_policy)
+        if self._steered is None or self._steered[0] != key:
+            learned = self.learned.get(self.noise_policy or "") if method == "dsbc" else None
+            guided = method == "guided"
+            policy = self._guided(steering) if guided else steered_by(self.prior, method, steering, learned)
+            self._steered = (key, policy)
+        return self._steered[1]
+
+    def _guided(self, steering: MethodSettings) -> SteeredPolicy:
+        assert self.critic is not None
+        if self.weight is None:
+            seen = torch.from_numpy(np.stack(list(self._seen)))
+            self.weight = choose_weight(self.prior, self.critic, seen, GuidanceSettings()).weight
+            self.note(f"the critic guides with weight {self.weight:.3g}")
+        return guide(steer(self.prior, "frs", steering), self.critic, GuidanceSettings().with_weight(self.weight))
+
+    def _fan(self, observation: npt.NDArray[np.float32]) -> list[Any]:
+        """Return what the policy might do by itself, as paths."""
+        base = SteeredPolicy(self.prior, steps=self.steering.reversal_steps)
+        context = base.encode(torch.from_numpy(observation[None])).repeat_interleave(FAN)
+        with torch.no_grad():
+            noise, _ = base.begin(context, torch.Generator().manual_seed(self._episode.steps))
+            chunks = denoise(bind(base, context), noise, base.steps)
+        return paths_of(executable(chunks, self.prior.action_spec), self.prior.action_spec, self.camera, self._at)
+
+    def _draw_plan(self, plan: Plan) -> dict[str, Any]:
+        spec = self.prior.action_spec
+        self._at = self.effector
+        drawn: dict[str, Any] = {"chunk": paths_of(plan.actions.float().cpu().numpy(), spec, self.camera, self._at)}
+        if plan.reference is not None:
+            reference = executable(plan.reference.chunk.cpu(), spec)
+            drawn["reference"] = paths_of(reference, spec, self.camera, self._at)
+        drawn["agreement"] = _number(plan.agreement[0])
+        drawn["noise_percentile"] = _number(plan.noise_percentile[0])
+        return drawn
+
+    def _show(self, image: npt.NDArray[np.uint8], chunk: _Chunk | None) -> None:
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "JPEG", quality=QUALITY)
+        jpeg = buffer.getvalue()
+        effector = self.effector
+        gripper = self.camera.project(effector[None])[0] / (self.camera.width, self.camera.height)
+        overlay = {**self._drawn, "gripper": [_number(value) for value in gripper]}
+        number = 1 if self.frame is None else self.frame.number + 1
+        self.frame = Frame(number, jpeg, overlay, self._episode.steps, self._sequence)
+        if len(self._episode.shots) < MOST_FRAMES:
+            method = "" if chunk is None else chunk.method
+            self._episode.shots.append(_Shot(jpeg, method, None if chunk is None else chunk.direction, effector))
+
+    @property
+    def effector(self) -> npt.NDArray[np.float64]:
+        """Where the gripper is, (3,) metres."""
+        return self._batch.view(0)["proprio/effector_pos"]
+
+    # The simulator
+
+    def _open(self) -> None:
+        self._env = self._make(replace(self.settings, env=self.env_name))
+        self.spec = self._env.spec
+        check_fit(self.prior, self.spec)
+        self._next_index = max(self.tallies.next_index, getattr(self, "_next_index", 0))
+        gripper: Any = (
+            "open" if self.prior.action_spec.layout and self.prior.action_spec.layout.gripper is not None else "policy"
+        )
+        first: Batch = self._env.reset([0])  # cameras stand where they stand only after a reset
+        self._batch = first
+        self.camera = self._env.camera()
+        self.control = Control(ways_of(self.camera.rotation), self.settings.stale_after, gripper)
+        self.control.pilot = self.pilot is not None
+
+    def _reopen(self) -> None:
+        if self._env is not None:
+            self._env.close()
+            self._env = None
+        try:
+            self._open()
+        except CounterflowError as error:
+            self._fail(error)
+            return
+        if self.pilot is not None:
+            self.hand_over(self.pilot)
+        self._seen.clear()
+        self.weight = None
+        self.state = "paused"
+        self._episode.decisions.clear()
+        self._count_recordings()
+        self.begin()
+
+    def _require_env(self) -> VectorEnv:
+        if self._env is None:
+            raise WorkerError("there is no simulator. Press 'restart the simulator'.")
+        return self._env
+
+    def _reset_reasoner(self) -> None:
+        if self._reasoner is not None and hasattr(self, "_episode"):
+            self._reasoner.reset(child_seed(self._episode.seed, "reasoner"))
+
+    def _load_learned(self) -> None:
+        """Load what was learned in this folder before, and what was given."""
+        settings = self.settings
+        for path in sorted(
+            (settings.out / POLICIES).glob("*.safetensors"), key=lambda path: (len(path.name), path.name)
+        ):
+            try:
+                learned = ChunkRegressor.load(path, settings.device)
+                steered_by(self.prior, "dsbc", self.steering, learned)
+            except CounterflowError:
+                continue  # of another policy, or damaged: it can't drive
+            self.learned[path.stem] = learned
+        if settings.noise_policy is not None:
+            given = ChunkRegressor.load(settings.noise_policy, settings.device)
+            steered_by(self.prior, "dsbc", self.steering, given)
+            self.learned[settings.noise_policy.stem] = given
+        self.noise_policy = next(reversed(self.learned), None)
+        if self.method == "dsbc" and self.noise_policy is None:
+            raise InvalidInputError("'dsbc' needs a noise policy; pass --noise-policy, or begin with another method.")
+        if self.method == "guided" and self.critic is None:
+            raise InvalidInputError("'guided' needs a critic; pass --critic.")
+
+    def _count_recordings(self) -> None:
+        counts: dict[str, Any] = {}
+        for name in (RECORDINGS, CORRECTIONS):
+            try:
+                dataset = SteeringDataset.load(self.settings.out / name)
+            except CounterflowError:
+                counts[name] = {"episodes": 0, "successes": 0, "decisions": 0}
+                continue
+            own = [episode for episode in dataset if episode.env == self.env_name]
+            counts[name] = {
+                "episodes": len(own),
+                "successes": sum(episode.success for episode in own),
+                "decisions": sum(episode.decisions for episode in own),
+            }
+        self._counts = counts
+
+
+def _make_env(settings: SessionSettings) -> VectorEnv:
+    render = RenderSettings(settings.size, settings.size)
+    return make_env(settings.env, 1, workers=settings.workers, render=render)
+
+
+def _number(value: Any) -> float | None:
+    """Return a number that json knows."""
+    number = float(value)
+    return round(number, 4) if np.isfinite(number) else None

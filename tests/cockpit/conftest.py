@@ -1,0 +1,93 @@
+"""A session over one simulator that stays open, and a scripted "person" who sees what the simulator tells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from counterflow.cockpit.session import Session, SessionSettings
+from counterflow.envs import RenderSettings, VectorEnv, make_env
+from counterflow.learning.dsbc import DSBCConfig
+from counterflow.reasoners import CubeReasoner
+from counterflow.steering import RegressorConfig
+
+TASK = "ogbench/cube-single-task1"
+QUICK = DSBCConfig(RegressorConfig(members=2, width=16), steps=60, evaluate_every=20, patience=2)
+
+
+class Kept:
+    """An environment that stays open for the next test."""
+
+    def __init__(self, env: VectorEnv) -> None:
+        self.env = env
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.env, name)
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture(scope="session")
+def simulator() -> Iterator[VectorEnv]:
+    env = make_env(TASK, 1, workers=0, render=RenderSettings(64, 64))
+    yield env
+    env.close()
+
+
+MakeSession = Callable[..., Session]
+
+
+@pytest.fixture
+def make_session(simulator: VectorEnv, tmp_path: Path) -> Iterator[MakeSession]:
+    made: list[Session] = []
+
+    def make(**changes: Any) -> Session:
+        settings = SessionSettings(TASK, tmp_path / "run", size=64, distillation=QUICK)
+        made.append(Session(replace(settings, **changes), make=lambda _: Kept(simulator)))
+        return made[-1]
+
+    yield make
+    for session in made:
+        session.close()
+
+
+class Person:
+    """Presses the key that the scripted reasoner would name."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self._reasoner, self.now = session, CubeReasoner(), 0.0
+        self._reasoner.reset(0)
+        self._names = {axes: name for name, axes in session.control.ways.items()}
+
+    def act(self) -> None:
+        """Press for a chunk."""
+        session = self.session
+        direction = self._reasoner.decide(session._batch.view(0))
+        if direction.gripper != session.control.gripper:
+            session.control.grip(direction.gripper, self.now)
+        held = [self._names[direction.axes]] if direction.axes in self._names else []
+        if held:
+            session.control.tap(held, self.now)
+        else:
+            session.control.grip(direction.gripper, self.now)
+        session.advance(self.now)
+        while session.state == "driving" and session._chunk is not None:
+            self.now += 0.05
+            session.advance(self.now)
+
+    def solve(self, most: int = 80) -> bool:
+        """Drive until the episode is over, or for so many chunks."""
+        for _ in range(most):
+            if self.session.state != "driving":
+                break
+            self.act()
+        return self.session.state == "finished" and self.session._episode.success
+
+
+@pytest.fixture
+def make_person() -> type[Person]:
+    return Person

@@ -1,0 +1,304 @@
+"""A session in a real simulator, advanced by hand with a clock that is handed in."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from counterflow.cockpit.session import METHODS, Session, SessionSettings
+from counterflow.data import SteeringDataset
+from counterflow.errors import InvalidInputError, MismatchError, UnknownNameError, WorkerError
+from counterflow.flow import denoise
+from counterflow.policies import bind
+from counterflow.steering import ChunkRegressor, binding_of
+
+MakeSession = Callable[..., Session]
+MakePerson = Callable[[Session], Any]
+
+
+def hold(session: Session, *ways: str, actions: int = 5, now: float = 0.0) -> float:
+    """Hold keys for so many actions, and let go."""
+    for _ in range(actions):
+        session.control.report(ways, now)
+        session.advance(now)
+        now += 0.05
+    session.control.report([], now)
+    session.advance(now)
+    return now
+
+
+def height(session: Session) -> float:
+    return float(session.effector[2])
+
+
+def test_keys_move_the_robot_and_letting_go_stops_it(make_session: MakeSession) -> None:
+    session = make_session()
+    assert session.state == "paused"
+    session.resume()
+    assert not session.advance(0.0)
+    before = height(session)
+    now = hold(session, "down", actions=10)
+    assert height(session) < before - 0.02
+    steps = session._episode.steps
+    assert not session.advance(now)
+    assert session._episode.steps == steps == 10
+
+
+def test_a_page_that_falls_silent_stops_the_robot_within_a_chunk(make_session: MakeSession) -> None:
+    session = make_session(stale_after=0.12)
+    session.resume()
+    session.control.report(["down"], 0.0)
+    moved = [session.advance(0.05 * tick) for tick in range(5)]
+    assert moved == [True, True, True, False, False]
+
+
+def test_decisions_hold_what_was_executed_of_them(make_session: MakeSession) -> None:
+    session = make_session()
+    session.resume()
+    hold(session, "down", actions=7)
+    executed = [len(one.step_actions) for one in session._episode.decisions]
+    assert executed == [5, 2]
+    assert [one.active for one in session._episode.decisions] == [True, True]
+
+
+def test_pictures_and_paths(make_session: MakeSession) -> None:
+    session = make_session()
+    session.resume()
+    hold(session, "left", actions=3)
+    frame = session.frame
+    assert frame is not None
+    assert Image.open(io.BytesIO(frame.jpeg)).size == (64, 64)
+    (reference,), (chunk,) = frame.overlay["reference"], frame.overlay["chunk"]
+    assert reference[-1][0] < reference[0][0] - 0.02  # to the left in the picture
+    assert len(reference) == len(chunk) == 6
+    assert len(frame.overlay["fan"]) == 12
+    assert all(0 <= value <= 1 for value in frame.overlay["gripper"])
+    assert abs(frame.overlay["agreement"]) <= 1
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("dsbc", "guided")])
+def test_methods_are_switched_while_driving(make_session: MakeSession, method: str) -> None:
+    session = make_session()
+    session.resume()
+    now = hold(session, "down")
+    session.choose(method=method, reversal_steps=3, magnitude=0.5)
+    hold(session, "down", now=now)
+    assert session._episode.methods == ["frs", method]
+    assert session.describe()["method"] == method
+
+
+def test_choices_that_cannot_be_right_change_nothing(make_session: MakeSession) -> None:
+    session = make_session()
+    before = session.describe()
+    for wrong, error in (
+        ({"method": "magic"}, UnknownNameError),
+        ({"method": "dsbc"}, InvalidInputError),
+        ({"method": "guided"}, InvalidInputError),
+        ({"reversal_steps": 0}, InvalidInputError),
+        ({"tau": 1.5}, InvalidInputError),
+        ({"magnitude": -1.0}, InvalidInputError),
+        ({"pilot": "nobody"}, UnknownNameError),
+        ({"noise_policy": "missing"}, UnknownNameError),
+    ):
+        with pytest.raises(error):
+            session.choose(**wrong)  # type: ignore[arg-type]
+    assert session.describe() == before
+
+
+def test_resetting_a_driven_episode_counts_as_a_failure_and_one_that_was_not_driven_does_not(
+    make_session: MakeSession,
+) -> None:
+    session = make_session()
+    session.begin()
+    assert session.describe()["tallies"] == []
+    hold(session, "up")
+    session.begin()
+    (tally,) = session.describe()["tallies"]
+    assert (tally["method"], tally["successes"], tally["episodes"]) == ("frs", 0, 1)
+    assert tally["interval"][1] > 0.5
+
+
+def test_from_successes_to_a_noise_policy_that_is_helped(
+    make_session: MakeSession, make_person: MakePerson, tmp_path: Path
+) -> None:
+    """The whole loop: drive to successes, keep, train, switch, help, train again."""
+    session = make_session()
+    run = tmp_path / "run"
+    assert session.describe()["dataset"]["recordings"]["episodes"] == 0
+    with pytest.raises(InvalidInputError, match="no noise policy yet"):
+        session.choose(method="dsbc")
+
+    session.resume()
+    person = make_person(session)
+    assert person.solve()
+    assert (session.state, session.reason) == ("finished", "success")
+    assert not session.advance(person.now)  # nothing moves when it is over
+    session.keep()
+    session.keep()  # a second click changes nothing
+    session.begin()
+    assert make_person(session).solve()
+    session.begin()  # an undecided one is kept
+    session.advance(0.0)
+    assert session.describe()["dataset"]["recordings"]["successes"] == 2
+
+    dataset = SteeringDataset.load(run / "recordings")
+    assert dataset.binding == binding_of(session.prior, 5)
+    for episode in dataset:
+        arrays = episode.arrays
+        with torch.no_grad():
+            context = session.prior.encode(torch.from_numpy(arrays["observations"]))
+            made = denoise(bind(session.prior, context), torch.from_numpy(arrays["noise"]), 5).clamp(-1, 1).numpy()
+        np.testing.assert_allclose(made, arrays["chunks"], atol=1e-4)
+        assert arrays["step_noise_valid"].any()
+
+    session.start_training()
+    session.advance(0.0)
+    training = session.describe()["training"]
+    assert (training["state"], training["algorithm"], training["name"]) == ("done", "dsbc", "noise-policy-1")
+    assert len(training["curve"]) == 3
+    assert training["curve"][-1][2] is not None
+    ChunkRegressor.load(run / "policies" / "noise-policy-1.safetensors")
+    assert "policies/noise-policy-1.safetensors" in session.describe()["exports"]
+
+    session.choose(method="dsbc", noise_policy="noise-policy-1", pilot="policy")
+    now = 100.0
+    for _ in range(10):
+        session.control.report([], now)
+        session.advance(now)
+        now += 0.05
+    assert set(session._episode.methods) == {"dsbc"}
+    assert not session._episode.decisions[0].intervened
+    assert make_person(session).solve()
+    assert any(one.intervened for one in session._episode.decisions)
+    session.begin()
+    session.advance(now)
+    assert session.describe()["dataset"]["corrections"]["episodes"] == 1
+    assert {one["method"] for one in session.describe()["tallies"]} == {"frs", "dsbc+help"}
+
+    session.start_training()
+    session.advance(now)
+    training = session.describe()["training"]
+    assert (training["state"], training["algorithm"]) == ("done", "dagger")
+    assert (run / "policies" / "noise-policy-2.safetensors").exists()
+
+
+def test_noises_of_other_methods_are_found_by_inversion(make_session: MakeSession, tmp_path: Path) -> None:
+    session = make_session(method="direct")
+    session.resume()
+    now = hold(session, "down")
+    session.choose(method="frs", reversal_steps=10)
+    hold(session, "down", now=now)
+    session._finish()
+    session.keep()
+    session._take_in()
+    assert [note["kind"] for note in session.notes] == ["done"]
+    (episode,) = SteeringDataset.load(tmp_path / "run" / "recordings")
+    arrays = episode.arrays
+    assert not episode.success
+    usable = arrays["start_time"] == 0
+    with torch.no_grad():
+        context = session.prior.encode(torch.from_numpy(arrays["observations"]))
+        made = denoise(bind(session.prior, context), torch.from_numpy(arrays["noise"]), 5).numpy()
+    np.testing.assert_allclose(made[usable], arrays["chunks"][usable], atol=0.02)
+    assert usable[1]  # what the flow itself made has a noise
+
+
+def test_a_discarded_episode_is_counted_and_not_kept(make_session: MakeSession) -> None:
+    session = make_session()
+    session.resume()
+    hold(session, "up")
+    session._finish()
+    session.discard()
+    session.keep()
+    session.begin()
+    session.advance(0.0)
+    assert session.describe()["dataset"]["recordings"]["episodes"] == 0
+    assert session.describe()["tallies"][0]["episodes"] == 1
+
+
+def test_a_run_is_gone_on_with(make_session: MakeSession) -> None:
+    first = make_session()
+    first.resume()
+    hold(first, "up")
+    first.begin()
+    again = make_session()
+    assert again.describe()["tallies"][0]["episodes"] == 1
+    assert again._episode.index == 1
+    assert again._episode.seed != first.tallies.outcomes[0].seed
+
+
+def test_a_script_can_be_handed_the_wheel(make_session: MakeSession) -> None:
+    session = make_session()
+    session.choose(pilot="script")
+    session.resume()
+    now = 0.0
+    for _ in range(300):
+        if session.state != "driving":
+            break
+        session.control.report([], now)
+        session.advance(now)
+        now += 0.05
+    assert session.state == "finished"
+    assert session._episode.success
+    assert session._episode.method == "frs"
+
+
+def test_a_simulator_that_dies_is_started_anew(make_session: MakeSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = make_session()
+    session.resume()
+    with monkeypatch.context() as patch:
+
+        def die(*_: Any, **__: Any) -> Any:
+            raise WorkerError("the worker process died (exit code -9).")
+
+        patch.setattr(session._env, "execute", die, raising=False)
+        session.control.report(["up"], 0.0)
+        session.advance(0.0)
+    assert session.state == "failed"
+    assert "-9" in session.reason
+    session.control.report(["up"], 0.1)
+    assert not session.advance(0.1)
+    session.restart()
+    assert session.state == "driving"
+    assert session.describe()["tallies"] == []
+    hold(session, "up")
+    assert session._episode.steps == 5
+
+
+def test_training_without_successes_says_so(make_session: MakeSession) -> None:
+    session = make_session()
+    session.start_training()
+    session.advance(0.0)
+    assert session.describe()["training"]["state"] == "failed"
+    assert "no episode of this task was kept yet" in session.notes[-1]["text"]
+
+
+def test_a_film_of_what_was_driven(make_session: MakeSession, tmp_path: Path) -> None:
+    session = make_session()
+    session.resume()
+    hold(session, "left", actions=3)
+    session.export_video()
+    session.advance(0.0)
+    assert session.exports() == ["videos/episode-0.mp4"]
+    assert (tmp_path / "run" / "videos" / "episode-0.mp4").stat().st_size > 1000
+
+
+def test_tasks_are_those_of_the_family(make_session: MakeSession) -> None:
+    session = make_session()
+    assert session.tasks == [f"ogbench/cube-single-task{number}" for number in range(1, 6)]
+    with pytest.raises(UnknownNameError, match="task of this family"):
+        session.go_to("ogbench/scene-task1")
+    session.go_to("ogbench/cube-single-task3")
+    assert session.env_name == "ogbench/cube-single-task3"
+
+
+def test_torques_have_no_directions(tmp_path: Path) -> None:
+    with pytest.raises(MismatchError, match="prior"):
+        Session(SessionSettings("ogbench/antmaze-medium-task1", tmp_path))
