@@ -7,8 +7,8 @@ tells, and one prior is made for many of them.
 An observation is Meta-World's own (39,), goal visible: hand (3), gripper opening (1), two objects' positions and quaternions
 (14), the same 18 numbers one step earlier, and the goal's position (3). Actions are displacements of the hand along x, y and z
 and the gripper's effort (positive closes), all in [-1, 1]; 1 is a centimetre. Where objects and goal lie descends from the
-episode's seed. Unlike in the package, an episode ends when the goal is reached, and the reward is -1 for every step that does not reach
-it: whether it is ever reached, which the benchmark counts, stays the same. Its own dense reward is among what is privileged.
+episode's seed. Unlike in the package, an episode ends when the goal is reached, and the reward is -1 for every step that does
+not reach it: whether it is ever reached, which the benchmark counts, stays the same. Its own dense reward is privileged.
 """
 
 from __future__ import annotations
