@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from counterflow.envs import metaworld, ogbench, ogbench_locomotion
+from counterflow.envs import libero, metaworld, ogbench, ogbench_locomotion
 from counterflow.envs.types import EnvSpec, RenderSettings, TaskEnv
 from counterflow.envs.vector import VectorEnv
 from counterflow.errors import InvalidInputError, UnknownNameError
@@ -16,10 +16,11 @@ _BENCHMARKS: tuple[tuple[Callable[[], list[str]], Callable[[str, RenderSettings 
     (ogbench.names, ogbench.OGBenchEnv),
     (ogbench_locomotion.names, ogbench_locomotion.OGBenchLocomotionEnv),
     (metaworld.names, metaworld.MetaWorldEnv),
+    (libero.names, libero.LiberoEnv),
 )
 
 # In these benchmarks one prior is made for many different tasks, which are called by their own names.
-_MULTI_TASK = ("metaworld",)
+_MULTI_TASK = (metaworld.FAMILY, libero.FAMILY)
 
 MAX_ENVS = 1024
 SHOWN = 10  # names of tasks that a message lists
@@ -46,8 +47,8 @@ def family_of(name: str) -> str:
 
 
 def groups() -> dict[str, tuple[str, ...]]:
-    """Return the named groups of tasks that are smaller than a family, for example "metaworld/mt10", and their tasks."""
-    return dict(metaworld.GROUPS)
+    """Return the named groups of tasks smaller than a family, for example "metaworld/mt10" or "libero/90", and their tasks."""
+    return {**metaworld.GROUPS, **libero.groups()}
 
 
 def check_env_name(name: str) -> str:
