@@ -26,9 +26,7 @@ from counterflow.policies import (
 from counterflow.policies.generalist import fit_normalisers, pack
 from counterflow.policies.text import embed_texts
 
-SMALL = GeneralistConfig(
-    width=16, encoder_depth=1, depth=2, heads=2, name_dim=8, sentence_dim=12, max_objects=4
-)
+SMALL = GeneralistConfig(width=16, encoder_depth=1, depth=2, heads=2, name_dim=8, sentence_dim=12, max_objects=4)
 # Robot: 4 numbers; an object: 4, of which a goal has its position only.
 CUP = ObjectEntry("red cup", (4, 5, 6, 7))
 BOWL = ObjectEntry("black bowl", (8, 9, 10, 11))

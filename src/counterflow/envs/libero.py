@@ -137,6 +137,7 @@ class LiberoEnv:
         with _global_numpy(0):
             self._env.reset()
         self._entries = _entries(self._env)
+        self._boxes = {name: _box(self._env.sim, body) for name, (_, body, _) in self._things().items()}
 
     @cached_property
     def spec(self) -> EnvSpec:
@@ -227,6 +228,10 @@ class LiberoEnv:
         self._free_context()
         self._env.close()
 
+    def _things(self) -> dict[str, tuple[str, str, str | None]]:
+        """Return the entries that are bodies."""
+        return {name: entry for name, entry in self._entries.items() if entry[0] == "body"}
+
     def _free_context(self) -> None:
         if self._context is not None:
             self._context.gl_ctx.free()
@@ -250,10 +255,9 @@ class LiberoEnv:
         """Collect where everything is: metres, world frame; quaternions w x y z with w not negative; joints m or rad."""
         data, robot = self._env.sim.data, self._env.robots[0]
         fingers = np.array(data.qpos[robot._ref_gripper_joint_pos_indexes], dtype=np.float64)
-        hand = self._env.sim.data.get_body_xquat(robot.robot_model.eef_name)
         told: Privileged = {
             "proprio/effector_pos": np.array(data.site_xpos[robot.eef_site_id], dtype=np.float64),
-            "proprio/effector_quat": _upright(hand),
+            "proprio/effector_quat": _upright(_quaternion(data.site_xmat[robot.eef_site_id])),
             "proprio/finger_pos": fingers,
             "proprio/gripper_opening": np.array([1.0 - np.abs(fingers).mean() / OPENING]),  # 0 is open, 1 is closed
             "proprio/joint_pos": np.array(data.qpos[robot._ref_joint_pos_indexes], dtype=np.float64),
@@ -267,6 +271,8 @@ class LiberoEnv:
             told[f"privileged/{name}_pos"] = np.array(position, dtype=np.float64)
             told[f"privileged/{name}_quat"] = _upright(turn)
             told[f"privileged/{name}_joint"] = np.array([moved])
+        for name, (low, high) in self._boxes.items():
+            told[f"privileged/{name}_low"], told[f"privileged/{name}_high"] = low, high
         return told
 
 
@@ -296,6 +302,26 @@ def _entries(env: Any) -> dict[str, tuple[str, str, str | None]]:
             parts[joint] = ("body", body, joint)
     places = {name: ("site", name, None) for name in env.object_sites_dict if not name.endswith("_init_region")}
     return {**found, **parts, **places}
+
+
+def _box(simulator: Any, body: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return the corners (3,), (3,) of the box around what collides of a body and all that is fixed to it, in its own frame."""
+    model, data = simulator.model._model, simulator.data._data
+    root = model.body(body).id
+    family = {root}
+    for index in range(root + 1, model.nbody):
+        if model.body_parentid[index] in family and model.body_jntnum[index] == 0:
+            family.add(index)
+    turn, origin = data.xmat[root].reshape(3, 3), data.xpos[root]
+    signs = np.array([(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)])
+    corners = [np.zeros((1, 3))]
+    for geom in range(model.ngeom):
+        if model.geom_bodyid[geom] in family and model.geom_contype[geom] + model.geom_conaffinity[geom] > 0:
+            own = model.geom_aabb[geom, :3] + signs * model.geom_aabb[geom, 3:]
+            world = data.geom_xpos[geom] + own @ data.geom_xmat[geom].reshape(3, 3).T
+            corners.append((world - origin) @ turn)
+    every = np.concatenate(corners[1:] or corners)
+    return every.min(axis=0).astype(np.float64), every.max(axis=0).astype(np.float64)
 
 
 def read_init_states(path: Path) -> npt.NDArray[np.float64]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
 from counterflow.envs import libero, metaworld, ogbench, ogbench_locomotion
 from counterflow.envs.types import EnvSpec, RenderSettings, TaskEnv
@@ -47,8 +49,25 @@ def family_of(name: str) -> str:
 
 
 def groups() -> dict[str, tuple[str, ...]]:
-    """Return the named groups of tasks smaller than a family, for example "metaworld/mt10" or "libero/90", and their tasks."""
-    return {**metaworld.GROUPS, **libero.groups()}
+    """Return the named groups of tasks smaller than a family, for example "metaworld/mt10" or "libero/90", and their tasks.
+
+    Beside the benchmarks' own there are those of this project's split, fixed in tasks/held_out.json before any generalist was
+    trained: of metaworld, and of LIBERO's suite of ninety, "train", "held-out", and three kinds of held-out tasks.
+    """
+    return {**metaworld.GROUPS, **libero.groups(), **_split()}
+
+
+@cache
+def _split() -> dict[str, tuple[str, ...]]:
+    content = json.loads((Path(__file__).parent / "tasks" / "held_out.json").read_text())
+    found: dict[str, tuple[str, ...]] = {}
+    for family, everything in ((metaworld.FAMILY, metaworld.names()), (libero.FAMILY, [*libero.groups()["libero/90"]])):
+        kinds: dict[str, list[str]] = content[family]
+        held_out = [task for tasks in kinds.values() for task in tasks]
+        found |= {f"{family}/{kind}": tuple(tasks) for kind, tasks in kinds.items()}
+        found[f"{family}/held-out"] = tuple(held_out)
+        found[f"{family}/train"] = tuple(task for task in everything if task not in held_out)
+    return found
 
 
 def check_env_name(name: str) -> str:

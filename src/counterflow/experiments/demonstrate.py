@@ -34,9 +34,11 @@ Progress = Callable[[int, int], None]
 
 MAX_EPISODES = 100_000
 ATTEMPTS = 5  # for each episode that is wanted, before the expert is given up
+PACKAGES = {"ogbench": "ogbench", "metaworld": "metaworld", "libero": "hf-libero"}
 SOURCES = {
     "ogbench": "scripted oracles of the ogbench package (arXiv 2410.20092), pursuing the task's own goal",
     "metaworld": "scripted experts of the metaworld package (arXiv 1910.10897)",
+    "libero": "scripted expert for LIBERO's goals (counterflow.reasoners.libero_expert)",
 }
 
 
@@ -295,7 +297,7 @@ def _write(path: Path, request: dict[str, Any], successes: Sequence[_Attempt], a
             {
                 "request": request,
                 "versions": {"counterflow": counterflow.__version__}
-                | {name: version(name) for name in (_benchmark(request["env"]), "mujoco", "numpy")},
+                | {name: version(name) for name in (PACKAGES[_benchmark(request["env"])], "mujoco", "numpy")},
                 "attempts": attempts,
                 "successes": made.episodes,
                 "transitions": made.transitions,

@@ -15,6 +15,7 @@ from counterflow.reasoners.direction import (
     to_reference,
 )
 from counterflow.reasoners.expert import Expert, OracleExpert, oracle_expert
+from counterflow.reasoners.libero_expert import LiberoExpert, LiberoReasoner
 from counterflow.reasoners.metaworld import MetaWorldExpert, MetaWorldReasoner
 from counterflow.reasoners.puzzle import PuzzleReasoner, solve_lights_out
 from counterflow.reasoners.scene import SceneReasoner
@@ -27,7 +28,7 @@ SCRIPTED: dict[str, Callable[[], Reasoner]] = {
 }
 """The scripted reasoner of every kind of environment, by the beginning of its name."""
 
-OF_A_TASK: dict[str, Callable[[str], Reasoner]] = {"metaworld/": MetaWorldReasoner}
+OF_A_TASK: dict[str, Callable[[str], Reasoner]] = {"metaworld/": MetaWorldReasoner, "libero/": LiberoReasoner}
 """Scripted reasoners that have to know which task it is: they are made of that task's expert."""
 
 
@@ -57,6 +58,8 @@ __all__ = [
     "CubeReasoner",
     "Direction",
     "Expert",
+    "LiberoExpert",
+    "LiberoReasoner",
     "MetaWorldExpert",
     "MetaWorldReasoner",
     "OracleExpert",
