@@ -59,7 +59,7 @@ class TestTurns:
 
 def view(**changes: list[float]) -> dict[str, np.ndarray]:
     told = {
-        "proprio/effector_pos": [0.0, 0.0, 1.2],
+        "proprio/effector_pos": [0.0, 0.0, 1.1],
         "proprio/effector_quat": [0.0, np.sqrt(0.5), np.sqrt(0.5), 0.0],  # as it is at rest
         "proprio/gripper_opening": [0.0],
         "privileged/soup_1_pos": [0.1, 0.0, 0.95],

@@ -34,7 +34,7 @@ OPEN, CLOSE = -1.0, 1.0
 WIDEST = 0.072  # metres between the open fingers, with a little to spare
 HOVER = 0.12  # metres above a thing from where the gripper comes down
 CARRY = 0.14  # metres above the place at which a thing is carried
-FINGER = 0.012  # metres that the fingers reach below where the gripper is said to be
+LOST = 0.06  # metres from a handle at which it isn't held any more
 GRIPPING_STEPS = 12
 LETTING_GO_STEPS = 8
 HOLLOW = ("bowl", "mug", "ramekin")
@@ -238,7 +238,7 @@ class LiberoExpert:
             reach = (high - low)[long] / 2
             shifts = [reach - 0.04, -reach + 0.04]
         for axis in lying if (high - low)[lying[1]] < WIDEST else lying[:1]:
-            closing = turn[:2, axis] / max(np.linalg.norm(turn[:2, axis]), 1e-6)
+            closing = turn[:2, axis] / max(float(np.linalg.norm(turn[:2, axis])), 1e-6)
             for shift in shifts:
                 side = turn[:, long] * shift
                 height = max((bottom + top) / 2, top - 0.03)
@@ -264,11 +264,9 @@ class LiberoExpert:
     def _place(self, goal: Goal, grasp: Grasp) -> Iterator[Action]:
         facing = facing_down(grasp.closing)
         bottom, _ = self._heights(goal.thing)
-        low, high = self._box(goal.place)
         surface = self._heights(goal.place)[1] if not self._is_region(goal.place) else 0.0
         if any(word in goal.place for word in ("plate", "bowl")):
             surface = min(surface, 0.02)  # inside of the rim
-        del low, high
         drop = 0.035 if goal.predicate == "in" else 0.012
 
         def above(height: float) -> Callable[[], Point]:
@@ -292,20 +290,21 @@ class LiberoExpert:
 
     def _drawer_handle(self, part: str) -> Point:
         level = next(level for level in DRAWER_HANDLES if f"_{level}_level" in part)
-        return self._at(part) + self._turn(part) @ np.array(DRAWER_HANDLES[level])
+        handle: Point = self._at(part) + self._turn(part) @ np.array(DRAWER_HANDLES[level])
+        return handle
 
     def _pull_drawer(self, thing: str) -> Iterator[Action]:
         """Take a drawer's handle from the front, tilted, and pull it out."""
         part = self._moving(thing)
         outwards = self._turn(part) @ np.array([0.0, -1.0, 0.0])
-        facing = facing_along(-outwards + np.array([0.0, 0.0, -0.8]), self._turn(part)[:, 0])
+        facing = facing_along(-outwards + np.array([0.0, 0.0, -0.35]), self._turn(part)[:, 0])
         before = 0.10 * facing[:, 2]
         yield from self._go(lambda: self._drawer_handle(part) - before + 0.08 * outwards, facing, OPEN, near=0.03)
         yield from self._go(lambda: self._drawer_handle(part) - before, facing, OPEN, near=0.02)
         yield from self._go(lambda: self._drawer_handle(part), facing, OPEN, near=0.01, patience=60)
         yield from self._wait(CLOSE, GRIPPING_STEPS)
         for _ in range(self._calls(120)):
-            if self._joint(part) < -OPEN_ENOUGH:
+            if self._joint(part) < -OPEN_ENOUGH or np.linalg.norm(self._hand - self._drawer_handle(part)) > LOST:
                 break
             yield self._towards(self._hand + 0.08 * outwards, facing, CLOSE)
         yield from self._wait(OPEN, LETTING_GO_STEPS)
@@ -333,7 +332,9 @@ class LiberoExpert:
         part = self._moving(goal.thing)
 
         def handle(inside: float = 0.0) -> Point:
-            return self._at(part) + self._turn(part) @ (np.array(MICROWAVE_HANDLE) + np.array([0.0, inside, 0.0]))
+            offset = np.array(MICROWAVE_HANDLE) + np.array([0.0, inside, 0.0])
+            place: Point = self._at(part) + self._turn(part) @ offset
+            return place
 
         front = self._turn(goal.thing) @ np.array([0.0, -1.0, 0.0])
         if goal.predicate == "close":
@@ -363,7 +364,8 @@ class LiberoExpert:
 
         def knob() -> Point:
             low, high = self._box(part)
-            return self._at(part) + self._turn(part) @ ((low + high) / 2) + np.array([0.0, 0.0, 0.005])
+            place: Point = self._at(part) + self._turn(part) @ ((low + high) / 2) + np.array([0.0, 0.0, 0.005])
+            return place
 
         along_knob = self._turn(part)[:2, 1]
         angle = float(np.arctan2(along_knob[1], along_knob[0]))
