@@ -16,6 +16,10 @@ LEROBOT_BIN := $(LEROBOT_VENV)/bin
 LEROBOT_READY := $(LEROBOT_VENV)/.counterflow-installed
 LEROBOT_EXTRAS := smolvla,pi,multi-task-dit,diffusion,dataset,evaluation,core-scripts
 
+# LIBERO's meshes and textures, for its tests; without them those are skipped.
+COUNTERFLOW_LIBERO_ASSETS ?= $(abspath $(wildcard ../shared/libero_assets))
+export COUNTERFLOW_LIBERO_ASSETS
+
 .PHONY: help setup rendering demo test core lerobot lint types doors check-python check-python312 clean
 
 help:
@@ -29,10 +33,11 @@ check-python:
 		{ echo "$(PYTHON) can't make virtual environments. Debian: apt-get install python3-venv"; exit 1; }
 
 # The stamp is written last: an installation that was interrupted is done again.
-$(READY): pyproject.toml constraints.txt | check-python
+$(READY): pyproject.toml constraints.txt requirements-libero.txt | check-python
 	@echo "== virtual environment: $(VENV) (about a minute, 1.5 GB)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --requirement requirements-libero.txt
 	@touch $@
 
 setup: $(READY) rendering

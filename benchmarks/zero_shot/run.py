@@ -17,7 +17,8 @@ import torch
 import tyro
 from rich.console import Console
 
-from counterflow.experiments.compare import Comparison, Contender, compare, comparison_of, expand_tasks, read_results
+from counterflow.envs import expand_tasks
+from counterflow.experiments.compare import Comparison, Contender, compare, comparison_of, read_results
 from counterflow.experiments.evaluate import ReasonerSettings
 from counterflow.experiments.figures import success_bars, success_curve
 from counterflow.experiments.progress import progress_bar

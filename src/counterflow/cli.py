@@ -379,7 +379,7 @@ class Compare:
     """Compare ways of steering over tasks, with the same prior, references and episodes."""
 
     envs: tyro.conf.Positional[tuple[str, ...]]
-    """Tasks or families, for example ogbench/cube-single (all five tasks)."""
+    """Tasks, families or groups, for example ogbench/cube-single (all five tasks) or metaworld/ml10-test."""
     methods: tuple[SteerName, ...] = ("base", "direct", "partial", "rank", "frs")
     """What to compare."""
     episodes: int = 50
@@ -397,7 +397,8 @@ class Compare:
 
     def run(self, console: Console) -> None:
         """Compare, with progress, and print the table."""
-        from counterflow.experiments.compare import Contender, compare, expand_tasks, success_table
+        from counterflow.envs import expand_tasks
+        from counterflow.experiments.compare import Contender, compare, success_table
         from counterflow.experiments.figures import success_bars
         from counterflow.experiments.progress import progress_bar
 

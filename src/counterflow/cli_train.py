@@ -15,15 +15,17 @@ from counterflow.envs import family_of
 from counterflow.errors import InvalidInputError
 from counterflow.experiments.critic import train_critic
 from counterflow.experiments.distill import Windows, distill
+from counterflow.experiments.generalist import TRAINING, read_generalist_settings, train_generalist
 from counterflow.experiments.offline import read_offline_settings
 from counterflow.experiments.online import read_online_settings
 from counterflow.experiments.online_settings import CONFIGS as ONLINE
 from counterflow.experiments.presets import PresetName, cloning_preset
 from counterflow.experiments.progress import progress_bar
 from counterflow.experiments.run import read_config
-from counterflow.experiments.train import Progress, read_bc_settings, train_bc
+from counterflow.experiments.train import Progress, Trained, read_bc_settings, train_bc
 from counterflow.learning import BCConfig, ChunkCriticConfig, DSBCConfig
 from counterflow.learning.dsbc import Progress as DistillationProgress
+from counterflow.policies import GeneralistConfig
 from counterflow.policies.described import weights_path
 
 
@@ -62,6 +64,33 @@ class TrainBC:
 
 
 @dataclass(frozen=True)
+class TrainGeneralist:
+    """Train one policy on demonstrations of many tasks. Run it again after an interruption."""
+
+    data: tyro.conf.Positional[Path]
+    """The folder that 'counterflow demonstrate' wrote for a group or family of tasks."""
+    tasks: tuple[str, ...]
+    """Tasks, groups or families to train on, for example metaworld/ml45-train."""
+    out: Path | None = None
+    """The run's folder; default: runs/generalist-<seed>."""
+    seed: int = 0
+    """What weights, batches and draws descend from."""
+    device: str = "cpu"
+    """Where to train, for example cuda."""
+    architecture: GeneralistConfig = field(default_factory=GeneralistConfig)
+    """The policy."""
+    config: Annotated[BCConfig, tyro.conf.arg(name="")] = TRAINING
+    """Settings of the learning."""
+
+    def run(self, console: Console) -> None:
+        """Train, with progress."""
+        out = self.out or Path("runs") / f"generalist-{self.seed}"
+        _train_generalist(
+            console, self.data, list(self.tasks), out, self.architecture, self.config, self.seed, self.device
+        )
+
+
+@dataclass(frozen=True)
 class TrainResume:
     """Go on with a run from its own config.yaml (or repeat it in another folder)."""
 
@@ -83,6 +112,11 @@ class TrainResume:
             out, seeds = self.out or self.run_folder, about["seeds"]
             sources = prefill, noise, about["policy"]
             run_online(console, str(algorithm), about["env"], out, online, run, seeds, *sources, self.device)
+            return
+        if algorithm == "generalist":
+            folder, tasks, seed, architecture, config = read_generalist_settings(self.run_folder)
+            out = self.out or self.run_folder
+            _train_generalist(console, folder, tasks, out, architecture, config, seed, self.device)
             return
         if algorithm != "bc":
             algorithm, data, env, seeds, offline, settings = read_offline_settings(self.run_folder)
@@ -195,8 +229,28 @@ TrainCommand = (
     | Annotated[TrainDSRL, tyro.conf.subcommand("dsrl")]
     | Annotated[TrainResidual, tyro.conf.subcommand("residual")]
     | Annotated[TrainRFS, tyro.conf.subcommand("rfs")]
+    | Annotated[TrainGeneralist, tyro.conf.subcommand("generalist")]
     | Annotated[TrainResume, tyro.conf.subcommand("resume")]
 )
+
+
+def _train_generalist(
+    console: Console,
+    data: Path,
+    tasks: list[str],
+    out: Path,
+    architecture: GeneralistConfig,
+    config: BCConfig,
+    seed: int,
+    device: str,
+) -> None:
+    with progress_bar(console, f"training on {', '.join(tasks)}", config.steps, "updates") as update:
+
+        def show(progress: Progress) -> None:
+            update(progress.step, f"loss {progress.loss:.4f}, held-out {progress.validation_loss:.4f}")
+
+        trained = train_generalist(data, tasks, out, architecture, config, seed=seed, device=device, on_progress=show)
+    _say_trained(console, trained)
 
 
 def _train(console: Console, data: Path, env: str, out: Path, config: BCConfig, seed: int, device: str) -> None:
@@ -206,6 +260,10 @@ def _train(console: Console, data: Path, env: str, out: Path, config: BCConfig, 
             update(progress.step, f"loss {progress.loss:.4f}, held-out {progress.validation_loss:.4f}")
 
         trained = train_bc(data, env, out, config, seed=seed, device=device, on_progress=show)
+    _say_trained(console, trained)
+
+
+def _say_trained(console: Console, trained: Trained) -> None:
     if trained.steps_done == 0:
         console.print("this run was finished before; nothing was left to do.")
     else:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from counterflow.envs import VectorEnv, make_env
+from counterflow.envs import VectorEnv, expand_tasks, make_env
 from counterflow.errors import InvalidInputError, MismatchError, UnknownNameError
-from counterflow.experiments.compare import Contender, comparison_of, expand_tasks
+from counterflow.experiments.compare import Contender, comparison_of
 from counterflow.experiments.evaluate import ReasonerSettings, evaluate, load_prior, policy_name
 from counterflow.policies import ActionLayout, ActionSpec, FieldPolicy
 from counterflow.random import child_seed

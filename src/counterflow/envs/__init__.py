@@ -1,6 +1,15 @@
 """Environments: one file a benchmark, all behind `make_env`. Nothing here imports torch."""
 
-from counterflow.envs.registry import check_env_name, describe, env_names, families, family_of, make_env
+from counterflow.envs.registry import (
+    check_env_name,
+    describe,
+    env_names,
+    expand_tasks,
+    families,
+    family_of,
+    groups,
+    make_env,
+)
 from counterflow.envs.relabelling import relabel
 from counterflow.envs.types import (
     Batch,
@@ -25,8 +34,10 @@ __all__ = [
     "check_env_name",
     "describe",
     "env_names",
+    "expand_tasks",
     "families",
     "family_of",
+    "groups",
     "make_env",
     "relabel",
 ]

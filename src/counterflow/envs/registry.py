@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import json
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
 
-from counterflow.envs import ogbench, ogbench_locomotion
+from counterflow.envs import libero, metaworld, ogbench, ogbench_locomotion
 from counterflow.envs.types import EnvSpec, RenderSettings, TaskEnv
 from counterflow.envs.vector import VectorEnv
 from counterflow.errors import InvalidInputError, UnknownNameError
@@ -15,9 +17,15 @@ from counterflow.random import check_seed
 _BENCHMARKS: tuple[tuple[Callable[[], list[str]], Callable[[str, RenderSettings | None], TaskEnv]], ...] = (
     (ogbench.names, ogbench.OGBenchEnv),
     (ogbench_locomotion.names, ogbench_locomotion.OGBenchLocomotionEnv),
+    (metaworld.names, metaworld.MetaWorldEnv),
+    (libero.names, libero.LiberoEnv),
 )
 
+# In these benchmarks one prior is made for many different tasks, which are called by their own names.
+_MULTI_TASK = (metaworld.FAMILY, libero.FAMILY)
+
 MAX_ENVS = 1024
+SHOWN = 10  # names of tasks that a message lists
 
 
 def env_names() -> list[str]:
@@ -31,8 +39,35 @@ def families() -> list[str]:
 
 
 def family_of(name: str) -> str:
-    """Return the family of an environment's full name; a family is its own family."""
-    return name.rsplit("-task", 1)[0]
+    """Return the family of an environment's full name; a family is its own family.
+
+    Five tasks of OGBench's make a family, "ogbench/scene-task1" to "ogbench/scene". A benchmark of many different tasks that one
+    prior is made for is a family as a whole: "metaworld/push-v3" is of "metaworld".
+    """
+    benchmark = name.split("/", 1)[0]
+    return benchmark if benchmark in _MULTI_TASK else name.rsplit("-task", 1)[0]
+
+
+def groups() -> dict[str, tuple[str, ...]]:
+    """Return the named groups of tasks smaller than a family, for example "metaworld/mt10" or "libero/90", and their tasks.
+
+    Beside the benchmarks' own there are those of this project's split, fixed in tasks/held_out.json before any generalist was
+    trained: of metaworld, and of LIBERO's suite of ninety, "train", "held-out", and three kinds of held-out tasks.
+    """
+    return {**metaworld.GROUPS, **libero.groups(), **_split()}
+
+
+@cache
+def _split() -> dict[str, tuple[str, ...]]:
+    content = json.loads((Path(__file__).parent / "tasks" / "held_out.json").read_text())
+    found: dict[str, tuple[str, ...]] = {}
+    for family, everything in ((metaworld.FAMILY, metaworld.names()), (libero.FAMILY, [*libero.groups()["libero/90"]])):
+        kinds: dict[str, list[str]] = content[family]
+        held_out = [task for tasks in kinds.values() for task in tasks]
+        found |= {f"{family}/{kind}": tuple(tasks) for kind, tasks in kinds.items()}
+        found[f"{family}/held-out"] = tuple(held_out)
+        found[f"{family}/train"] = tuple(task for task in everything if task not in held_out)
+    return found
 
 
 def check_env_name(name: str) -> str:
@@ -40,10 +75,34 @@ def check_env_name(name: str) -> str:
     known = env_names()
     if name in known:
         return name
-    tasks = [other for other in known if family_of(other) == name]
+    tasks = groups().get(name) or [other for other in known if family_of(other) == name]
     if tasks:
-        raise InvalidInputError(f"{name!r} is a family of tasks, expected one of its tasks: {', '.join(tasks)}.")
+        shown = tasks if len(tasks) <= SHOWN else [*tasks[:SHOWN], f"... ({len(tasks)} in all)"]
+        raise InvalidInputError(f"{name!r} is a family of tasks, expected one of its tasks: {', '.join(shown)}.")
     raise UnknownNameError("environment", name, known)
+
+
+def expand_tasks(names: Sequence[str]) -> list[str]:
+    """Return tasks for a list of tasks, groups and families; a group or family stands for all of its tasks.
+
+    Raises:
+        UnknownNameError: neither a task nor a group nor a family; the nearest are suggested.
+        InvalidInputError: nothing was named.
+    """
+    if not names:
+        raise InvalidInputError("no task was named; give at least one, for example ogbench/cube-single-task1.")
+    known, grouped = env_names(), groups()
+    tasks: list[str] = []
+    for name in names:
+        if name in grouped:
+            tasks += grouped[name]
+        elif name in known:
+            tasks.append(name)
+        elif name in families():
+            tasks += [task for task in known if family_of(task) == name]
+        else:
+            raise UnknownNameError("environment or family", name, [*known, *grouped, *families()])
+    return list(dict.fromkeys(tasks))
 
 
 def describe(name: str) -> EnvSpec:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from counterflow.errors import InvalidInputError
-from counterflow.layout import ActionLayout
+from counterflow.layout import ActionLayout, ObservationLayout
 
 FloatArray = npt.NDArray[np.floating]
 BoolArray = npt.NDArray[np.bool_]
@@ -24,7 +24,8 @@ class EnvSpec:
 
     Attributes:
         name: full name, for example "ogbench/cube-single-task1".
-        family: the environments that share observations, actions and a prior, for example "ogbench/cube-single".
+        family: the environments that share actions, a prior, and observations (or, where they have an observation layout, what
+            an observation tells of the robot and of an object), for example "ogbench/cube-single" or "metaworld".
         task: the task in a sentence.
         observation_dim: O, the length of a state observation, the goal included.
         action_dim: A, the length of an action.
@@ -34,6 +35,7 @@ class EnvSpec:
             the torques of a walking robot.
         max_episode_steps: an episode is truncated after this many steps.
         goal_dim: how many of the observation's last entries are the goal (0 where the task is always the same).
+        observation_layout: which of the observation's entries tell of the robot and of which object; None: not told.
     """
 
     name: str
@@ -46,6 +48,7 @@ class EnvSpec:
     action_layout: ActionLayout | None
     max_episode_steps: int
     goal_dim: int = 0
+    observation_layout: ObservationLayout | None = None
 
     def check_action(self, action: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Return an action (A,) as float64, rounding errors at the limits taken off.

@@ -10,9 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
-from counterflow.envs import check_env_name, families, family_of
-from counterflow.envs.registry import env_names
-from counterflow.errors import DatasetError, InvalidInputError, UnknownNameError
+from counterflow.envs import expand_tasks, family_of
+from counterflow.errors import DatasetError
 from counterflow.experiments.evaluate import (
     Evaluation,
     ReasonerSettings,
@@ -75,27 +74,6 @@ class Comparison:
         )
 
 
-def expand_tasks(names: Sequence[str]) -> list[str]:
-    """Return tasks for a list of tasks and families; a family stands for its five tasks.
-
-    Raises:
-        UnknownNameError: neither a task nor a family; the nearest are suggested.
-        InvalidInputError: nothing was named.
-    """
-    if not names:
-        raise InvalidInputError("no task was named; give at least one, for example ogbench/cube-single-task1.")
-    known = env_names()
-    tasks: list[str] = []
-    for name in names:
-        if name in families():
-            tasks += [task for task in known if family_of(task) == name]
-        elif name in known:
-            tasks.append(check_env_name(name))
-        else:
-            raise UnknownNameError("environment or family", name, [*known, *families()])
-    return list(dict.fromkeys(tasks))
-
-
 def compare(
     tasks: Sequence[str],
     contenders: Sequence[Contender],
@@ -110,7 +88,7 @@ def compare(
     """Run every contender on every task.
 
     Args:
-        tasks: full names, or families.
+        tasks: full names, groups or families.
         contenders: what to compare.
         episodes: for each contender on each task; the same ones for all.
         seed: what the episodes descend from.

@@ -1,14 +1,18 @@
-"""Demonstrations: the expert's successful episodes of one task, in OGBench's layout.
+"""Demonstrations: the expert's successful episodes of one task, or of many, in OGBench's layout.
 
-Source: the expert is `counterflow.reasoners.oracle_expert`, made of OGBench's scripted oracles (arXiv 2410.20092).
+Sources: the experts of `counterflow.reasoners.oracle_expert`, made of OGBench's scripted oracles (arXiv 2410.20092) and
+Meta-World's (arXiv 1910.10897).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -19,9 +23,9 @@ import numpy.typing as npt
 
 import counterflow
 from counterflow.data.npz import save_npz
-from counterflow.envs import VectorEnv, check_env_name, make_env
+from counterflow.envs import VectorEnv, check_env_name, expand_tasks, family_of, make_env
 from counterflow.envs.rendering import prepare_backend
-from counterflow.errors import InvalidInputError, MismatchError, TrainingError
+from counterflow.errors import InvalidInputError, MismatchError, TrainingError, WorkerError
 from counterflow.files import replacing, write_json
 from counterflow.random import check_seed, child_seed
 from counterflow.reasoners import Expert, oracle_expert
@@ -30,6 +34,12 @@ Progress = Callable[[int, int], None]
 
 MAX_EPISODES = 100_000
 ATTEMPTS = 5  # for each episode that is wanted, before the expert is given up
+PACKAGES = {"ogbench": "ogbench", "metaworld": "metaworld", "libero": "hf-libero"}
+SOURCES = {
+    "ogbench": "scripted oracles of the ogbench package (arXiv 2410.20092), pursuing the task's own goal",
+    "metaworld": "scripted experts of the metaworld package (arXiv 1910.10897)",
+    "libero": "scripted expert for LIBERO's goals (counterflow.reasoners.libero_expert)",
+}
 
 
 @dataclass(frozen=True)
@@ -124,6 +134,98 @@ def demonstrate(
     return _write(path, request, successes, len(attempts))
 
 
+@dataclass(frozen=True)
+class DemonstratedTasks:
+    """What `demonstrate_tasks` left in its folder.
+
+    Attributes:
+        folder: where the archives lie.
+        made: by task, what there is of it, whether this call made it or an earlier one.
+        given_up: by task, why there is nothing: its expert succeeds too seldom.
+    """
+
+    folder: Path
+    made: dict[str, Demonstrated]
+    given_up: dict[str, str]
+
+
+def archive_of(folder: Path | str, env_name: str) -> Path:
+    """Return where `demonstrate_tasks` writes a task's archive."""
+    return Path(folder) / f"{env_name.replace('/', '-')}.npz"
+
+
+def demonstrate_tasks(
+    env_names: Sequence[str],
+    folder: Path | str,
+    *,
+    episodes: int = 20,
+    seed: int = 0,
+    noise: float = 0.1,
+    workers: int | None = None,
+    overwrite: bool = False,
+    on_task: Callable[[str, int], None] | None = None,
+) -> DemonstratedTasks:
+    """Let the experts solve many tasks, one task a worker process at a time; each archive is what `demonstrate` writes.
+
+    What was killed goes on where it stopped: a task's archive is there whole or not at all, and one that is there is kept. A task
+    whose expert succeeds too seldom is left out, and said to be. Scripts must call this under `if __name__ == "__main__"`.
+
+    Args:
+        env_names: tasks, groups of them, or families, for example ["metaworld"].
+        folder: where the archives go, one a task (`archive_of`).
+        episodes, seed, noise, overwrite: as for `demonstrate`, for every task.
+        workers: processes; default: one a core. The content does not depend on it.
+        on_task: called as each task is done, with its name and how many are.
+
+    Raises:
+        UnknownNameError: no such task, or no expert for it.
+        InvalidInputError: a number is out of range.
+        MismatchError: another file lies in an archive's place.
+        StorageError: writing failed; the archives written before are safe.
+        WorkerError: a worker process died.
+    """
+    tasks = expand_tasks(env_names)
+    count = min(len(tasks), os.cpu_count() or 1) if workers is None else workers
+    if count < 1:
+        raise InvalidInputError(f"workers is {workers}; expected 1 or more.")
+    for family in dict.fromkeys(map(family_of, tasks)):  # a missing expert or package is said here, not in a worker
+        oracle_expert(next(task for task in tasks if family_of(task) == family), noise)
+    settings: dict[str, Any] = {"episodes": episodes, "seed": seed, "noise": noise, "overwrite": overwrite}
+    made: dict[str, Demonstrated] = {}
+    given_up: dict[str, str] = {}
+    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(_demonstrate_alone, task, archive_of(folder, task), settings): task for task in tasks}
+        try:
+            for future in as_completed(futures):
+                task = futures[future]
+                try:
+                    made[task] = future.result()
+                except TrainingError as error:
+                    given_up[task] = str(error)
+                except BrokenProcessPool as error:
+                    raise WorkerError(
+                        f"a worker process died while {task} was demonstrated, often for want of memory. Archives that are "
+                        f"finished are safe in {folder}; run the same command again to go on, with fewer workers."
+                    ) from error
+                if on_task is not None:
+                    on_task(task, len(made) + len(given_up))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    ordered = {task: made[task] for task in tasks if task in made}
+    return DemonstratedTasks(Path(folder), ordered, given_up)
+
+
+def _demonstrate_alone(env_name: str, path: Path, settings: dict[str, Any]) -> Demonstrated:
+    """Run in a worker: one task, in this process."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one simulator a core
+    return demonstrate(env_name, path, num_envs=1, **settings)
+
+
+def _benchmark(env_name: str) -> str:
+    return env_name.split("/", 1)[0]
+
+
 def _attempt(
     env: VectorEnv, experts: Sequence[Expert], episodes: int, seed: int, on_episode: Progress | None
 ) -> list[_Attempt]:
@@ -195,12 +297,12 @@ def _write(path: Path, request: dict[str, Any], successes: Sequence[_Attempt], a
             {
                 "request": request,
                 "versions": {"counterflow": counterflow.__version__}
-                | {name: version(name) for name in ("ogbench", "mujoco", "numpy")},
+                | {name: version(name) for name in (PACKAGES[_benchmark(request["env"])], "mujoco", "numpy")},
                 "attempts": attempts,
                 "successes": made.episodes,
                 "transitions": made.transitions,
                 "sha256": _digest(temporary),
-                "source": "scripted oracles of the ogbench package (arXiv 2410.20092), pursuing the task's own goal",
+                "source": SOURCES[_benchmark(request["env"])],
             },
         )
     return made

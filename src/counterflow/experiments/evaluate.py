@@ -19,7 +19,7 @@ from counterflow.errors import InvalidInputError, MismatchError
 from counterflow.experiments.rollout import Episode, MakeReasoner, run_episodes
 from counterflow.experiments.statistics import SuccessRate
 from counterflow.experiments.weight import task_of, weigh
-from counterflow.policies import BasePolicy, load
+from counterflow.policies import BasePolicy, GeneralistPolicy, load
 from counterflow.random import check_seed, child_seed
 from counterflow.reasoners import CONVENTIONS, Convention, Reasoner, UnreliableReasoner, scripted_reasoner
 from counterflow.reasoners.vlm import VLMClient, VLMReasoner, VLMSettings
@@ -177,7 +177,7 @@ def load_prior(env: str, policy: str | None = None, device: str = "cpu") -> Base
     """Load the base policy for an environment: the one at `policy`, or the shipped prior of its family.
 
     What a policy of another library doesn't say (which dimension does what, limits, the task in words) is the environment's
-    to say.
+    to say, and so is the task that a generalist is to act in.
 
     Raises:
         UnknownNameError: no such environment, or no such policy.
@@ -190,6 +190,9 @@ def load_prior(env: str, policy: str | None = None, device: str = "cpu") -> Base
         if hasattr(found, "for_environment"):
             spec = describe(env)
             found = found.for_environment(spec.action_layout, spec.action_low, spec.action_high, spec.task)
+        elif isinstance(found, GeneralistPolicy):
+            spec = describe(env)
+            found = found.for_task(spec.task, spec.observation_layout)
         return found
     family = family_of(env)
     if family not in SHIPPED_PRIORS:

@@ -13,13 +13,23 @@ from typing import Any
 import torch
 
 from counterflow.data import ChunkSampler, EpisodeDataset
+from counterflow.data.sampling import Weighting
 from counterflow.envs import EnvSpec, describe
 from counterflow.errors import DatasetError, InvalidInputError, MismatchError, TrainingError
 from counterflow.experiments.evaluate import machine
 from counterflow.experiments.run import Run, read_config
 from counterflow.learning import BCConfig, BCLearner
-from counterflow.policies import ActionSpec, FlowPolicy, NetworkConfig, Normaliser, as_device, save
-from counterflow.policies.checkpoint import load
+from counterflow.policies import (
+    ActionSpec,
+    FlowPolicy,
+    GeneralistPolicy,
+    NetworkConfig,
+    Normaliser,
+    as_device,
+    load,
+    save,
+    save_generalist,
+)
 from counterflow.random import check_seed, child_seed, generator
 
 VALIDATION_CHUNKS = 16_384
@@ -43,6 +53,30 @@ class Progress:
     loss: float
     validation_loss: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """How often something is done in a training.
+
+    Attributes:
+        validate: updates between two validation losses.
+        checkpoint: updates between two checkpoints.
+        report: updates between two reports.
+
+    Raises:
+        InvalidInputError: a number is not positive.
+    """
+
+    validate: int = 1000
+    checkpoint: int = 1000
+    report: int = 100
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name in ("validate", "checkpoint", "report"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"{name}_every is {getattr(self, name)}; expected 1 or more updates.")
 
 
 @dataclass(frozen=True)
@@ -96,33 +130,14 @@ def train_bc(
         StorageError: a file can't be written; the last checkpoint is safe.
     """
     config = BCConfig() if config is None else config
-    for name, value in (
-        ("validate_every", validate_every),
-        ("checkpoint_every", checkpoint_every),
-        ("report_every", report_every),
-    ):
-        if value < 1:
-            raise InvalidInputError(f"{name} is {value}; expected 1 or more updates.")
+    cadence = Cadence(validate_every, checkpoint_every, report_every)
     data, device = Path(data), as_device(device)
     spec = describe(env)
     settings = {"algorithm": "bc", "data": str(data), "env": spec.family, "seed": check_seed(seed), **asdict(config)}
     training, held_out = EpisodeDataset.load_with_validation(data, seed=seed)
     check_dataset(training, spec, data)
     with Run(run, settings) as folder:
-        policy = make_policy(training, spec, config, seed).to(device)
-        learner = BCLearner(policy, config, seed)
-        rng = generator(child_seed(seed, "batches"), device)
-        state = folder.load_state()
-        if state is not None:
-            learner.restore(state)  # first: it explains what does not fit, as a state from another kind of device
-            rng.set_state(state["batches"])
-        first = learner.step
-        if first >= config.steps and folder.policy_path.exists():
-            finished = load(folder.policy_path)
-            return Trained(folder.policy_path, finished.provenance["validation_loss"], 0.0, 0)
-        folder.forget_after(first)
-        sampler = ChunkSampler(training, config.horizon, device)
-        validation = list(ChunkSampler(held_out, config.horizon, device).ordered(VALIDATION_BATCH, VALIDATION_CHUNKS))
+        learner = BCLearner(make_policy(training, spec, config, seed).to(device), config, seed)
         provenance = {
             "algorithm": "bc",
             "data": _describe_data(data, training, held_out),
@@ -131,35 +146,82 @@ def train_bc(
             "precision": learner.precision,
             "machine": machine(),
         }
+        return fit(folder, learner, training, held_out, provenance, seed, cadence, on_progress=on_progress)
 
-        def checkpoint(validation_loss: float) -> None:
-            _check_weights(learner, folder)
-            learner.averaged.provenance = {**provenance, "steps": learner.step, "validation_loss": validation_loss}
+
+def fit(
+    folder: Run,
+    learner: BCLearner,
+    training: EpisodeDataset,
+    held_out: EpisodeDataset,
+    provenance: dict[str, Any],
+    seed: int,
+    cadence: Cadence,
+    *,
+    weighting: Weighting = "windows",
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Trained:
+    """Run a learner of behaviour cloning to its last update in a run's folder, from the last checkpoint there.
+
+    Args:
+        folder: the run, open.
+        learner: new; it is restored where the run has a checkpoint.
+        training, held_out: what it learns from, and what the validation loss is computed on.
+        provenance: what the policy's description is to say of its making.
+        seed: from which batches and validation draws descend.
+        cadence: how often to validate, report and keep.
+        weighting: whether windows or episodes are drawn equally often.
+        on_progress: called at each report.
+
+    Raises:
+        TrainingError: the loss or the weights are not finite any more.
+        StorageError: a file can't be written; the last checkpoint is safe.
+    """
+    config, device = learner.config, learner.policy.device
+    rng = generator(child_seed(seed, "batches"), device)
+    state = folder.load_state()
+    if state is not None:
+        learner.restore(state)  # first: it explains what does not fit, as a state from another kind of device
+        rng.set_state(state["batches"])
+    first = learner.step
+    if first >= config.steps and folder.policy_path.exists():
+        finished = load(folder.policy_path)
+        return Trained(folder.policy_path, finished.provenance["validation_loss"], 0.0, 0)
+    folder.forget_after(first)
+    sampler = ChunkSampler(training, config.horizon, device, weighting=weighting)
+    validation = list(ChunkSampler(held_out, config.horizon, device).ordered(VALIDATION_BATCH, VALIDATION_CHUNKS))
+
+    def checkpoint(validation_loss: float) -> None:
+        _check_weights(learner, folder)
+        learner.averaged.provenance = {**provenance, "steps": learner.step, "validation_loss": validation_loss}
+        if isinstance(learner.averaged, GeneralistPolicy):
+            save_generalist(learner.averaged, folder.policy_path)
+        else:
             save(learner.averaged, folder.policy_path)
-            folder.save_state({**learner.state(), "batches": rng.get_state()})
+        folder.save_state({**learner.state(), "batches": rng.get_state()})
 
-        began = time.perf_counter()
-        losses: list[torch.Tensor] = []
-        validation_loss = learner.validation_loss(validation, seed)
-        while learner.step < config.steps:
-            losses.append(learner.update(sampler.sample(config.batch_size, rng)))
-            step, last = learner.step, learner.step == config.steps
-            if step % validate_every == 0 or last:
-                validation_loss = learner.validation_loss(validation, seed)
-                folder.report(step, validation_loss=validation_loss)
-            if step % report_every == 0 or last:
-                loss = float(torch.stack(losses).mean())
-                losses.clear()
-                _check_finite(loss, step, folder)
-                folder.report(step, loss=loss)
-                if on_progress is not None:
-                    seconds = time.perf_counter() - began
-                    on_progress(Progress(step, config.steps, loss, validation_loss, seconds))
-            if step % checkpoint_every == 0 or last:
-                checkpoint(validation_loss)
-        if not folder.policy_path.exists():  # a finished run whose policy was deleted
+    began = time.perf_counter()
+    losses: list[torch.Tensor] = []
+    validation_loss = learner.validation_loss(validation, seed)
+    while learner.step < config.steps:
+        losses.append(learner.update(sampler.sample(config.batch_size, rng)))
+        step, last = learner.step, learner.step == config.steps
+        if step % cadence.validate == 0 or last:
+            validation_loss = learner.validation_loss(validation, seed)
+            folder.report(step, validation_loss=validation_loss)
+        if step % cadence.report == 0 or last:
+            loss = float(torch.stack(losses).mean())
+            losses.clear()
+            _check_finite(loss, step, folder)
+            folder.report(step, loss=loss)
+            if on_progress is not None:
+                seconds = time.perf_counter() - began
+                on_progress(Progress(step, config.steps, loss, validation_loss, seconds))
+        if step % cadence.checkpoint == 0 or last:
             checkpoint(validation_loss)
-        return Trained(folder.policy_path, validation_loss, time.perf_counter() - began, config.steps - first)
+    if not folder.policy_path.exists():  # a finished run whose policy was deleted
+        checkpoint(validation_loss)
+    return Trained(folder.policy_path, validation_loss, time.perf_counter() - began, config.steps - first)
 
 
 def read_bc_settings(folder: Path | str) -> tuple[Path, str, int, BCConfig]:

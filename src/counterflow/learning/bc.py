@@ -25,11 +25,14 @@ from counterflow.data import ChunkBatch
 from counterflow.errors import CheckpointError, InvalidInputError, UnknownNameError
 from counterflow.flow import matching_loss, sample_time
 from counterflow.flow.matching import TimeLaw
-from counterflow.policies import FlowPolicy, NetworkConfig, NormalisationKind, bind
+from counterflow.policies import FlowPolicy, GeneralistPolicy, NetworkConfig, NormalisationKind, bind
 from counterflow.random import child_seed, generator
 
 Schedule = Literal["one_cycle", "cosine", "constant"]
 Precision = Literal["auto", "bfloat16", "float32"]
+
+Trainable = FlowPolicy | GeneralistPolicy
+"""What behaviour cloning can train: a policy with a network, and the normalisation of what goes in and comes out."""
 
 
 @dataclass(frozen=True)
@@ -104,14 +107,14 @@ class Draws:
     t: Tensor
 
 
-def draw(batch: int, policy: FlowPolicy, time_law: TimeLaw, rng: torch.Generator) -> Draws:
+def draw(batch: int, policy: Trainable, time_law: TimeLaw, rng: torch.Generator) -> Draws:
     """Draw noise and times for a batch, on the generator's device."""
     shape = (batch, policy.action_spec.horizon, policy.action_spec.dim)
     noise = torch.randn(shape, generator=rng, device=rng.device)
     return Draws(noise, sample_time(batch, time_law, generator=rng))
 
 
-def bc_loss(policy: FlowPolicy, batch: ChunkBatch, draws: Draws) -> Tensor:
+def bc_loss(policy: Trainable, batch: ChunkBatch, draws: Draws) -> Tensor:
     """Return the flow-matching loss () of the policy on observations (B, O) and chunks (B, H, A), environment units."""
     field = bind(policy, policy.encode(batch.observations))
     return matching_loss(field, policy.action_spec.normalise(batch.actions), draws.noise, draws.t)
@@ -140,9 +143,10 @@ class BCLearner:
         seed: from which noise and times descend.
     """
 
-    def __init__(self, policy: FlowPolicy, config: BCConfig, seed: int) -> None:
-        self.policy, self.config, self.step = policy.requires_grad_(True).train(), config, 0
-        self.averaged = copy.deepcopy(policy).requires_grad_(False).eval()
+    def __init__(self, policy: Trainable, config: BCConfig, seed: int) -> None:
+        self.policy: Trainable = policy.requires_grad_(True).train()
+        self.config, self.step = config, 0
+        self.averaged: Trainable = copy.deepcopy(policy).requires_grad_(False).eval()
         self._rng = generator(child_seed(seed, "bc"), policy.device)
         self._parameters: list[Tensor] = list(policy.network.parameters())
         self._averages: list[Tensor] = list(self.averaged.network.parameters())
@@ -217,7 +221,7 @@ class BCLearner:
                 "run began with, or begin a new run."
             ) from error
 
-    def _loss_and_cast(self, policy: FlowPolicy, batch: ChunkBatch, draws: Draws) -> Tensor:
+    def _loss_and_cast(self, policy: Trainable, batch: ChunkBatch, draws: Draws) -> Tensor:
         with torch.autocast(policy.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             return bc_loss(policy, batch, draws)
 

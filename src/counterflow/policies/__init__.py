@@ -13,6 +13,12 @@ from counterflow.policies.base import (
 )
 from counterflow.policies.checkpoint import save, shipped_priors
 from counterflow.policies.flow_policy import FlowPolicy, NetworkConfig
+from counterflow.policies.generalist import (
+    GeneralistConfig,
+    GeneralistPolicy,
+    TaskDescription,
+    save_generalist,
+)
 from counterflow.policies.loading import load
 from counterflow.policies.networks import MLPNetwork, TransformerNetwork
 from counterflow.policies.normalisation import NormalisationKind, Normaliser
@@ -24,16 +30,20 @@ __all__ = [
     "Context",
     "FieldPolicy",
     "FlowPolicy",
+    "GeneralistConfig",
+    "GeneralistPolicy",
     "MLPNetwork",
     "NetworkConfig",
     "NormalisationKind",
     "Normaliser",
     "Prior",
+    "TaskDescription",
     "TransformerNetwork",
     "as_device",
     "bind",
     "load",
     "repeat_context",
     "save",
+    "save_generalist",
     "shipped_priors",
 ]

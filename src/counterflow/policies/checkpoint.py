@@ -50,7 +50,7 @@ def load(path_or_name: Path | str, device: torch.device | str = "cpu") -> FlowPo
         InvalidInputError: the device can't be used here.
     """
     device = as_device(device)
-    path = _find(path_or_name)
+    path = find(path_or_name)
     content, tensors = read_described(path, FORMAT)
     try:
         policy = _build(content, tensors)
@@ -67,8 +67,13 @@ def shipped_priors() -> list[str]:
     return sorted(path.stem for path in PRIORS.glob("*.safetensors"))
 
 
-def _find(path_or_name: Path | str) -> Path:
-    """Return the weights' file that is meant."""
+def find(path_or_name: Path | str) -> Path:
+    """Return the weights' file that is meant: itself, in a run's folder, or a shipped prior's.
+
+    Raises:
+        UnknownNameError: there is none, nor a shipped prior of that name.
+        CheckpointError: a folder without a policy.
+    """
     path = Path(path_or_name)
     if path.suffix == ".json":
         path = path.with_suffix(".safetensors")

@@ -96,6 +96,15 @@ def read_described(path: Path, form: Format) -> tuple[dict[str, Any], dict[str, 
     return content, tensors
 
 
+def format_of(path: Path) -> str:
+    """Return what kind of thing a weights' file says that it holds; "" where it says nothing or can't be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return str(json.loads((file.metadata() or {})["counterflow"])["format"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def check_unchanged(
     path: Path, content: dict[str, Any], description: dict[str, Any], tensors: dict[str, Tensor]
 ) -> None:

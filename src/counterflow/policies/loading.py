@@ -9,6 +9,10 @@ import torch
 
 from counterflow.errors import InvalidInputError
 from counterflow.policies import checkpoint
+from counterflow.policies.base import as_device
+from counterflow.policies.described import format_of
+from counterflow.policies.generalist import FORMAT as GENERALIST
+from counterflow.policies.generalist import load_generalist
 
 LEROBOT = "lerobot:"
 
@@ -23,7 +27,7 @@ def load(path_or_name: Path | str, device: torch.device | str = "cpu") -> Any:
         device: where it is to compute.
 
     Returns:
-        A `FlowPolicy`, or a `LeRobotPolicy`.
+        A `FlowPolicy`, a `GeneralistPolicy`, or a `LeRobotPolicy`.
 
     Raises:
         UnknownNameError: neither a file nor a shipped prior; the nearest names are suggested.
@@ -34,7 +38,10 @@ def load(path_or_name: Path | str, device: torch.device | str = "cpu") -> Any:
     """
     name = str(path_or_name)
     if not name.startswith(LEROBOT):
-        return checkpoint.load(path_or_name, device)
+        path = checkpoint.find(path_or_name)
+        if format_of(path) == GENERALIST.name:
+            return load_generalist(path, as_device(device))
+        return checkpoint.load(path, device)
     place = name.removeprefix(LEROBOT)
     if not place:
         raise InvalidInputError(

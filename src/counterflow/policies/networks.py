@@ -135,8 +135,8 @@ class TransformerNetwork(nn.Module):
         self.condition = nn.Sequential(nn.Linear(features + self.time.dim, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.modulation = _zero(nn.Linear(width, 2 * width))
-        self.out = _zero(nn.Linear(width, dim))
+        self.modulation = zero_linear(nn.Linear(width, 2 * width))
+        self.out = zero_linear(nn.Linear(width, dim))
 
     def forward(self, features: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """Return the velocity (B, H, A)."""
@@ -161,7 +161,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.modulation = _zero(nn.Linear(width, 6 * width))
+        self.modulation = zero_linear(nn.Linear(width, 6 * width))
         self.attention_in = nn.Linear(width, 3 * width)
         self.attention_out = nn.Linear(width, width)
         self.mlp_in = nn.Linear(width, 4 * width)
@@ -183,7 +183,7 @@ class TransformerBlock(nn.Module):
         return attended
 
 
-def _zero(layer: nn.Linear) -> nn.Linear:
+def zero_linear(layer: nn.Linear) -> nn.Linear:
     """Return the layer with weight and bias set to zero."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)

@@ -27,6 +27,8 @@ from counterflow.errors import InvalidInputError, UnknownNameError
 from counterflow.random import check_seed
 from counterflow.reasoners.cubes import CUBE_SIZE, FREE_SPOTS, REACHED, next_cube
 from counterflow.reasoners.direction import View
+from counterflow.reasoners.libero_expert import LiberoExpert
+from counterflow.reasoners.metaworld import MetaWorldExpert
 from counterflow.reasoners.motion import Point
 from counterflow.reasoners.puzzle import GRIDS, solve_lights_out
 from counterflow.reasoners.scene import next_subgoal
@@ -130,17 +132,27 @@ def oracle_expert(env_name: str, noise: float = 0.1, *, noise_smoothing: float =
 
     Args:
         env_name: for example "ogbench/cube-single-task1".
-        noise: scale of the noise on the plans, 0 to 1; 0.1 is that of OGBench's play data.
-        noise_smoothing: standard deviation, in steps, of the Gaussian that smooths it.
+        noise: scale of the noise on the plans, 0 to 1; 0.1 is that of OGBench's play data. Of Meta-World's and
+            LIBERO's experts: on their actions.
+        noise_smoothing: standard deviation, in steps, of the Gaussian that smooths it (OGBench only).
 
     Raises:
         UnknownNameError: there is no expert for this environment.
+        MissingDependencyError: the environment's package is not installed.
         InvalidInputError: a number is out of range.
     """
     benchmark, _, rest = env_name.partition("/")
     family = rest.rsplit("-task", 1)[0]
+    if benchmark == "metaworld":
+        return MetaWorldExpert(env_name, noise)
+    if benchmark == "libero":
+        return LiberoExpert(env_name, noise)
     if benchmark != "ogbench" or not family.startswith(KINDS):
-        raise UnknownNameError("expert for environment", env_name, [f"ogbench/{kind}" for kind in KINDS])
+        raise UnknownNameError(
+            "expert for environment",
+            env_name,
+            [*(f"ogbench/{kind}" for kind in KINDS), "metaworld/push-v3", "libero/90/..."],
+        )
     return OracleExpert(family, noise, noise_smoothing)
 
 

@@ -20,6 +20,8 @@ def remaining(view: View) -> float:
         view: the simulator's account (`Batch.view`).
     """
     left, places = 0.0, []
+    if "privileged/remaining" in view:  # some environments keep an account of their own
+        left += float(view["privileged/remaining"][0])
     for name in view:
         if name.startswith("goal/block_"):
             position = view[name.replace("goal/", "privileged/")]

@@ -1,0 +1,488 @@
+"""A scripted expert for LIBERO: from the goal's predicates to pick, place, pull, push and turn, and coarse words of the same.
+
+It looks at the state of everything by name, and chooses of several grasps the one that a past failure does not speak against: the
+rim of what is hollow, the thin side of what is not, the handle of a pan. What it does is written as plans, one step at a time,
+that look again at every step, so a thing that slips is picked up again. Gripper poses are commanded as displacements (robosuite's
+OSC_POSE: 1 is 5 cm, or 0.5 rad). Source: none; LIBERO (arXiv 2306.03310) has demonstrations by people and no experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from counterflow.errors import InvalidInputError, MismatchError
+from counterflow.random import check_seed
+from counterflow.reasoners.direction import Direction, View
+from counterflow.reasoners.libero_goals import Goal, goals_of
+from counterflow.reasoners.metaworld import SMOOTHNESS
+from counterflow.reasoners.motion import Point, along, still
+
+PREFIX = "libero/"
+Action = npt.NDArray[np.float64]
+Matrix = npt.NDArray[np.float64]
+
+# A gripper's rotation here: its fingers move along the second column, and it points along the third. At rest it points down, and
+# its fingers move along world y.
+DOWN: Matrix = np.diag([-1.0, 1.0, -1.0])
+GAIN = 10.0  # action for a metre of error
+TURNING_GAIN = 2.0  # action for a radian of error
+OPEN, CLOSE = -1.0, 1.0
+WIDEST = 0.072  # metres between the open fingers, with a little to spare
+HOVER = 0.12  # metres above a thing from where the gripper comes down
+CARRY = 0.14  # metres above the place at which a thing is carried
+LOST = 0.06  # metres from a handle at which it isn't held any more
+GRIPPING_STEPS = 12
+LETTING_GO_STEPS = 8
+HOLLOW = ("bowl", "mug", "ramekin")
+LONG_HANDLED = ("frypan", "pan")
+OPEN_ENOUGH = 0.15  # metres that a drawer is pulled out; it counts as open from 0.14
+# In the frame of a drawer: where its handle is, by level. White and wooden cabinets have the same handles.
+DRAWER_HANDLES = {"top": (0.0, -0.1016, 0.184), "middle": (0.0, -0.1016, 0.110), "bottom": (0.0, -0.1016, 0.041)}
+MICROWAVE_HANDLE = (0.2375, -0.05, 0.0)
+KNOB_ON, KNOB_OFF = 0.7, -0.05  # radians to turn the stove's knob to
+
+
+@dataclass(frozen=True)
+class Grasp:
+    """A way to take hold of something.
+
+    Attributes:
+        offset: (3,) metres from the thing's origin to where the gripper closes, world frame.
+        closing: (2,) the direction in which the fingers close, horizontal, unit length.
+    """
+
+    offset: Point
+    closing: npt.NDArray[np.float64]
+
+
+class LiberoExpert:
+    """Solves a task of LIBERO's. One expert serves one episode at a time.
+
+    Args:
+        env_name: the task's full name, "libero/90/KITCHEN_SCENE1_put_the_black_bowl_on_the_plate".
+        noise: standard deviation of the smooth noise on its motion, in the action's units, 0 to 1.
+        stride: how many steps pass between two questions; more than one where it is asked once a chunk.
+
+    Raises:
+        InvalidInputError: no such task, or a number is out of range.
+        MissingDependencyError: the package is not installed.
+    """
+
+    def __init__(self, env_name: str, noise: float = 0.1, stride: int = 1) -> None:
+        if not (np.isfinite(noise) and 0 <= noise <= 1):
+            raise InvalidInputError(f"the expert's noise is {noise!r}; expected 0 to 1.")
+        if stride < 1:
+            raise InvalidInputError(f"the expert's stride is {stride!r}; expected 1 or more steps.")
+        self.goals, self._noise, self._stride = goals_of(env_name), noise, stride
+        self._close_by = 0.012 if stride == 1 else 0.03
+        self.reset(0)
+
+    def reset(self, seed: int) -> None:
+        """Begin anew; `seed` feeds the noise and the choice among grasps that are equally good."""
+        self._random = np.random.default_rng(check_seed(seed))
+        self._drift = np.zeros(3)
+        self._plan: Iterator[Action] | None = None
+        self._view: View = {}
+        self._ceiling = np.inf
+
+    def wanted(self, view: View) -> Action:
+        """Return what it wants to do (7,), without noise and not limited.
+
+        Raises:
+            MismatchError: the view is not one of this task's.
+        """
+        for goal in self.goals:
+            missing = [name for name in (goal.thing, goal.place) if name and f"privileged/{name}_pos" not in view]
+            if missing and not self._joint_names(view, missing[0]):
+                raise MismatchError(
+                    f"the view says nothing of {missing[0]}; use the expert of the task that is being run."
+                )
+        self._view = view
+        if self._plan is None:
+            self._plan, self._ceiling = self._solve(), float(self._hand[2]) + 0.1
+        return next(self._plan)
+
+    def act(self, view: View) -> Action:
+        """Return the action (7,) for the next single step, in [-1, 1]."""
+        action = np.clip(self.wanted(view), -1.0, 1.0)
+        fresh = self._random.normal(size=3) * np.sqrt(1 - SMOOTHNESS**2)
+        self._drift = SMOOTHNESS * self._drift + fresh
+        action[:3] += self._noise * self._drift
+        limited: Action = np.clip(action, -1.0, 1.0)
+        return limited
+
+    # What it sees.
+
+    def _at(self, name: str) -> Point:
+        return np.asarray(self._view[f"privileged/{name}_pos"], dtype=np.float64)
+
+    def _turn(self, name: str) -> Matrix:
+        return rotation_of(self._view[f"privileged/{name}_quat"])
+
+    def _joint(self, name: str) -> float:
+        return float(self._view[f"privileged/{name}_joint"][0])
+
+    @property
+    def _hand(self) -> Point:
+        return np.asarray(self._view["proprio/effector_pos"], dtype=np.float64)
+
+    def _box(self, name: str) -> tuple[Point, Point]:
+        """Return the corners of the box around a thing, in its own frame; of a place, a point."""
+        if f"privileged/{name}_low" not in self._view:
+            return np.zeros(3), np.zeros(3)
+        low, high = self._view[f"privileged/{name}_low"], self._view[f"privileged/{name}_high"]
+        return np.asarray(low, dtype=np.float64), np.asarray(high, dtype=np.float64)
+
+    def _heights(self, name: str) -> tuple[float, float]:
+        """Return how far a thing reaches below and above its origin, as it lies, metres."""
+        low, high = self._box(name)
+        turn = self._turn(name)
+        corners = np.array([(x, y, z) for x in (low[0], high[0]) for y in (low[1], high[1]) for z in (low[2], high[2])])
+        up = corners @ turn[2]
+        return float(up.min()), float(up.max())
+
+    @staticmethod
+    def _joint_names(view: View, name: str) -> list[str]:
+        """Return the parts that move of a fixture or of the region of one: "cabinet_1_top_region" is moved by its top level."""
+        stem = name.replace("_region", "")
+        fixture, _, level = stem.rpartition("_")
+        joints = [key.removeprefix("privileged/").removesuffix("_joint") for key in view if key.endswith("_joint")]
+        levels = [joint for joint in joints if joint == f"{fixture}_{level}_level"]
+        return levels or [
+            joint for joint in joints if joint.startswith(f"{stem}_") and "region" not in joint and "side" not in joint
+        ]
+
+    # What it does: each of these yields one action at a time.
+
+    def _solve(self) -> Iterator[Action]:
+        """Do one goal after another, and again whatever is undone."""
+        while True:
+            for goal in self.goals:
+                if not self._is_done(goal):
+                    yield from self._achieve(goal)
+            yield from self._wait(OPEN, 5)
+
+    def _is_done(self, goal: Goal) -> bool:
+        """Say whether a goal is fulfilled, as far as can be told from where things are."""
+        if goal.predicate in ("on", "in"):
+            offset = self._at(goal.thing) - self._at(goal.place)
+            near = 0.028 if goal.predicate == "on" and not self._is_region(goal.place) else 0.05
+            let_go = np.linalg.norm(self._hand - self._at(goal.thing)) > 0.08
+            return bool(np.abs(offset[:2]).max() < near and offset[2] < 0.12 and let_go)
+        moved = self._joint(self._moving(goal.thing))
+        if "microwave" in goal.thing:
+            return moved < -1.35 if goal.predicate == "open" else moved > -0.004
+        if goal.predicate == "open":
+            return moved < -OPEN_ENOUGH + 0.005
+        if goal.predicate == "close":
+            return moved > 0.001
+        return moved > 0.55 if goal.predicate == "turnon" else moved < -0.001
+
+    def _is_region(self, name: str) -> bool:
+        return name.endswith(("_region", "_side"))
+
+    def _moving(self, thing: str) -> str:
+        names = self._joint_names(self._view, thing)
+        if not names:
+            raise MismatchError(f"the view tells of no joint of {thing}; use the expert of the task that is being run.")
+        return names[0]
+
+    def _achieve(self, goal: Goal) -> Iterator[Action]:
+        if goal.predicate in ("on", "in"):
+            yield from self._bring(goal)
+        elif goal.predicate in ("turnon", "turnoff"):
+            yield from self._turn_knob(goal)
+        elif "microwave" in goal.thing:
+            yield from self._swing_door(goal)
+        elif goal.predicate == "open":
+            yield from self._pull_drawer(goal.thing)
+        else:
+            yield from self._push_drawer(goal.thing)
+
+    def _bring(self, goal: Goal) -> Iterator[Action]:
+        """Pick a thing up and put it down, trying one grasp after another."""
+        for grasp in self._grasps(goal.thing):
+            yield from self._pick(goal.thing, grasp)
+            if self._holds(goal.thing):
+                yield from self._place(goal, grasp)
+            yield from self._rise()
+            if self._is_done(goal):
+                return
+
+    def _grasps(self, name: str) -> list[Grasp]:
+        """Return ways to take hold of a thing, the best first."""
+        low, high = self._box(name)
+        turn, (bottom, top) = self._turn(name), self._heights(name)
+        if any(word in name for word in HOLLOW):
+            # The rim: fingers inside and outside. Sideways first: there the hand turns least.
+            centre = (turn @ ((low + high) / 2))[:2]
+            half = float(np.sort(high - low)[1:].min()) / 2 if "bowl" in name else float((high - low)[:2].min()) / 2
+            radius = max(half - 0.008, 0.015)
+            angles = np.radians([90, -90, 60, -60, 120, -120, 0, 180])
+            directions = [np.array([np.cos(angle), np.sin(angle)]) for angle in angles]
+            height = top - 0.018
+            return [Grasp(np.array([*(centre + radius * way), height]), way) for way in directions]
+        vertical = int(np.abs(turn[2]).argmax())  # which of its own axes stands upright
+        lying = [axis for axis in range(3) if axis != vertical]
+        lying.sort(key=lambda axis: high[axis] - low[axis])
+        middle = turn @ ((low + high) / 2)
+        found = []
+        long = lying[1]
+        shifts = [0.0, 0.02, -0.02]
+        if any(word in name for word in LONG_HANDLED):
+            # The handle is what sticks out of the middle of the box: its far ends.
+            reach = (high - low)[long] / 2
+            shifts = [reach - 0.04, -reach + 0.04]
+        for axis in lying if (high - low)[lying[1]] < WIDEST else lying[:1]:
+            closing = turn[:2, axis] / max(float(np.linalg.norm(turn[:2, axis])), 1e-6)
+            for shift in shifts:
+                side = turn[:, long] * shift
+                height = max((bottom + top) / 2, top - 0.03)
+                found.append(Grasp(np.array([middle[0] + side[0], middle[1] + side[1], height]), closing))
+        return found
+
+    def _pick(self, name: str, grasp: Grasp) -> Iterator[Action]:
+        facing = facing_down(grasp.closing)
+        above = np.array([0.0, 0.0, HOVER])
+        yield from self._go(lambda: self._at(name) + grasp.offset + above, facing, OPEN, near=0.02)
+        yield from self._go(lambda: self._at(name) + grasp.offset, facing, OPEN, near=self._close_by, patience=60)
+        yield from self._wait(CLOSE, GRIPPING_STEPS)
+        start = self._hand.copy()
+        yield from self._go(lambda: start + np.array([0.0, 0.0, 0.10]), facing, CLOSE, near=0.03, patience=40)
+
+    def _holds(self, name: str) -> bool:
+        """Say whether a thing is in the hand: near it, and the fingers not quite shut."""
+        low, high = self._box(name)
+        reach = float(np.linalg.norm(high - low)) / 2 + 0.06
+        shut = self._view["proprio/gripper_opening"][0] > 0.98
+        return bool(np.linalg.norm(self._hand - self._at(name)) < reach and not shut)
+
+    def _place(self, goal: Goal, grasp: Grasp) -> Iterator[Action]:
+        facing = facing_down(grasp.closing)
+        bottom, _ = self._heights(goal.thing)
+        surface = self._heights(goal.place)[1] if not self._is_region(goal.place) else 0.0
+        if any(word in goal.place for word in ("plate", "bowl")):
+            surface = min(surface, 0.02)  # inside of the rim
+        drop = 0.035 if goal.predicate == "in" else 0.012
+
+        def above(height: float) -> Callable[[], Point]:
+            def target() -> Point:
+                carried = self._hand - self._at(goal.thing)  # what is held off its middle is put down as much off
+                place = self._at(goal.place)
+                return np.array([*(place + carried)[:2], place[2] + surface - bottom + carried[2] + height])
+
+            return target
+
+        start = self._hand.copy()
+        high_up = above(CARRY)
+        yield from self._go(lambda: np.array([*start[:2], max(high_up()[2], start[2])]), facing, CLOSE, near=0.03)
+        yield from self._go(high_up, facing, CLOSE, near=0.012 if self._stride == 1 else 0.03, patience=120)
+        yield from self._go(above(drop), facing, CLOSE, near=0.012 if self._stride == 1 else 0.03, patience=50)
+        yield from self._wait(OPEN, LETTING_GO_STEPS)
+
+    def _rise(self) -> Iterator[Action]:
+        up = np.array([*self._hand[:2], max(min(self._hand[2] + 0.12, self._ceiling), self._hand[2])])
+        yield from self._go(lambda: up, None, OPEN, near=0.03, patience=40)
+
+    def _drawer_handle(self, part: str) -> Point:
+        level = next(level for level in DRAWER_HANDLES if f"_{level}_level" in part)
+        handle: Point = self._at(part) + self._turn(part) @ np.array(DRAWER_HANDLES[level])
+        return handle
+
+    def _pull_drawer(self, thing: str) -> Iterator[Action]:
+        """Take a drawer's handle from the front, tilted, and pull it out."""
+        part = self._moving(thing)
+        outwards = self._turn(part) @ np.array([0.0, -1.0, 0.0])
+        facing = facing_along(-outwards + np.array([0.0, 0.0, -0.35]), self._turn(part)[:, 0])
+        before = 0.10 * facing[:, 2]
+        yield from self._go(lambda: self._drawer_handle(part) - before + 0.08 * outwards, facing, OPEN, near=0.03)
+        yield from self._go(lambda: self._drawer_handle(part) - before, facing, OPEN, near=0.02)
+        yield from self._go(lambda: self._drawer_handle(part), facing, OPEN, near=0.01, patience=60)
+        yield from self._wait(CLOSE, GRIPPING_STEPS)
+        for _ in range(self._calls(120)):
+            if self._joint(part) < -OPEN_ENOUGH or np.linalg.norm(self._hand - self._drawer_handle(part)) > LOST:
+                break
+            yield self._towards(self._hand + 0.08 * outwards, facing, CLOSE)
+        yield from self._wait(OPEN, LETTING_GO_STEPS)
+        left = self._hand.copy()
+        yield from self._go(lambda: left - before, facing, OPEN, near=0.03, patience=40)
+        yield from self._rise()
+
+    def _push_drawer(self, thing: str) -> Iterator[Action]:
+        """Push a drawer shut with the closed fingers, in front of its handle."""
+        part = self._moving(thing)
+        outwards = self._turn(part) @ np.array([0.0, -1.0, 0.0])
+        up = np.array([0.0, 0.0, 0.22])
+        yield from self._go(lambda: self._drawer_handle(part) + 0.09 * outwards + up, DOWN, CLOSE, near=0.03)
+        yield from self._go(lambda: self._drawer_handle(part) + 0.07 * outwards, DOWN, CLOSE, near=0.03)
+        for _ in range(self._calls(160)):
+            if self._joint(part) > 0.003:
+                break
+            yield self._towards(self._drawer_handle(part) - 0.06 * outwards, DOWN, CLOSE)
+        left = self._hand.copy()
+        yield from self._go(lambda: left + 0.06 * outwards, DOWN, CLOSE, near=0.03, patience=30)
+        yield from self._rise()
+
+    def _swing_door(self, goal: Goal) -> Iterator[Action]:
+        """Push the microwave's door shut, or take its handle and pull it along its arc."""
+        part = self._moving(goal.thing)
+
+        def handle(inside: float = 0.0) -> Point:
+            offset = np.array(MICROWAVE_HANDLE) + np.array([0.0, inside, 0.0])
+            place: Point = self._at(part) + self._turn(part) @ offset
+            return place
+
+        front = self._turn(goal.thing) @ np.array([0.0, -1.0, 0.0])
+        if goal.predicate == "close":
+            yield from self._go(lambda: handle(-0.08) + np.array([0.0, 0.0, 0.2]), DOWN, CLOSE, near=0.03)
+            yield from self._go(lambda: handle(-0.08), DOWN, CLOSE, near=0.03)
+            for _ in range(self._calls(200)):
+                if self._is_done(goal):
+                    break
+                yield self._towards(handle(0.06), DOWN, CLOSE)
+            yield from self._rise()
+            return
+        facing = facing_along(-front + np.array([0.0, 0.0, -0.6]), np.array([0.0, 0.0, 1.0]))
+        yield from self._go(lambda: handle(-0.10) + np.array([0.0, 0.0, 0.05]), facing, OPEN, near=0.03)
+        yield from self._go(handle, facing, OPEN, near=0.012, patience=60)
+        yield from self._wait(CLOSE, GRIPPING_STEPS)
+        for _ in range(self._calls(220)):
+            if self._is_done(goal):
+                break
+            yield self._towards(handle(-0.08), facing, CLOSE)
+        yield from self._wait(OPEN, LETTING_GO_STEPS)
+        yield from self._rise()
+
+    def _turn_knob(self, goal: Goal) -> Iterator[Action]:
+        """Take the stove's knob from above and turn the hand, again and again until it is far enough."""
+        part = self._moving(goal.thing)
+        sign = 1.0 if goal.predicate == "turnon" else -1.0
+
+        def knob() -> Point:
+            low, high = self._box(part)
+            place: Point = self._at(part) + self._turn(part) @ ((low + high) / 2) + np.array([0.0, 0.0, 0.005])
+            return place
+
+        along_knob = self._turn(part)[:2, 1]
+        angle = float(np.arctan2(along_knob[1], along_knob[0]))
+        begin = facing_down(np.array([np.cos(angle), np.sin(angle)]))
+        yield from self._go(lambda: knob() + np.array([0.0, 0.0, HOVER]), begin, OPEN, near=0.02)
+        yield from self._go(knob, begin, OPEN, near=0.01, patience=60)
+        yield from self._wait(CLOSE, GRIPPING_STEPS)
+        for step in range(self._calls(60)):
+            if self._is_done(goal):
+                break
+            turned = angle + sign * min(1.3, 0.05 * (step + 1) * self._stride)
+            facing = facing_down(np.array([np.cos(turned), np.sin(turned)]), near=begin)
+            yield self._towards(knob(), facing, CLOSE)
+        yield from self._wait(OPEN, LETTING_GO_STEPS)
+        yield from self._rise()
+
+    # The smallest motions.
+
+    def _calls(self, steps: int) -> int:
+        return -(-steps // self._stride)
+
+    def _go(
+        self, target: Callable[[], Point], facing: Matrix | None, gripper: float, near: float, patience: int = 100
+    ) -> Iterator[Action]:
+        """Go to where `target` says, turned as `facing` (None: as it is), until it is near or patience ends."""
+        for _ in range(self._calls(patience)):
+            place = target()
+            turned = 0.0 if facing is None else float(np.linalg.norm(rotation_vector(facing, self._facing())))
+            if np.linalg.norm(place - self._hand) < near and turned < (0.12 if self._stride == 1 else 0.5):
+                return
+            yield self._towards(place, facing, gripper)
+
+    def _wait(self, gripper: float, steps: int) -> Iterator[Action]:
+        for _ in range(self._calls(steps)):
+            yield np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, gripper])
+
+    def _facing(self) -> Matrix:
+        site = rotation_of(self._view["proprio/effector_quat"])
+        fingers, forward = site[:, 0], site[:, 2]  # in robosuite's own frame the fingers move along the first
+        return np.stack([np.cross(fingers, forward), fingers, forward], axis=1)
+
+    def _towards(self, place: Point, facing: Matrix | None, gripper: float) -> Action:
+        turning = np.zeros(3) if facing is None else TURNING_GAIN * rotation_vector(facing, self._facing())
+        return np.array([*(GAIN * (place - self._hand)), *turning, gripper])
+
+
+class LiberoReasoner:
+    """Says of what the expert wants the one axis that matters most, and what the gripper should do.
+
+    Where the hand only has to turn there is nothing that an axis could say, and the policy acts alone.
+
+    Args:
+        env_name: the task's full name.
+        stride: how many steps pass between two questions: as many as are executed of a chunk.
+
+    Raises:
+        InvalidInputError, MissingDependencyError: as for `LiberoExpert`.
+    """
+
+    def __init__(self, env_name: str, stride: int = 8) -> None:
+        self._expert = LiberoExpert(env_name, noise=0.0, stride=stride)
+
+    def reset(self, seed: int) -> None:
+        """Begin a new episode."""
+        self._expert.reset(seed)
+
+    def decide(self, view: View) -> Direction:
+        """Say the direction for the next chunk."""
+        wanted = self._expert.wanted(view)
+        gripper = "close" if wanted[6] > 0 else "open"
+        farthest, turning = float(np.abs(wanted[:3]).max()), float(np.abs(wanted[3:6]).max())
+        if farthest < 0.1:
+            return Direction(defer=True) if turning > 0.2 else still(gripper)  # type: ignore[arg-type]
+        direction = along(wanted[:3], gripper)  # type: ignore[arg-type]
+        return direction if farthest > 0.6 else Direction(direction.axes, 0.5, direction.gripper)
+
+
+def rotation_of(quaternion: npt.ArrayLike) -> Matrix:
+    """Return the matrix (3, 3) of a unit quaternion w x y z."""
+    w, x, y, z = np.asarray(quaternion, dtype=np.float64)
+    return np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+        ]
+    )
+
+
+def rotation_vector(wanted: Matrix, present: Matrix) -> npt.NDArray[np.float64]:
+    """Return the turn (3,) from `present` to `wanted`, axis times radians, in the world frame."""
+    error = wanted @ present.T
+    angle = float(np.arccos(np.clip((np.trace(error) - 1) / 2, -1.0, 1.0)))
+    axis = np.array([error[2, 1] - error[1, 2], error[0, 2] - error[2, 0], error[1, 0] - error[0, 1]])
+    length = float(np.linalg.norm(axis))
+    if length < 1e-6:  # no turn; or half a turn, about any horizontal axis as well as another
+        return np.zeros(3) if angle < 1.0 else np.array([0.0, 0.0, angle])
+    return axis / length * angle
+
+
+def facing_down(closing: npt.NDArray[np.float64], near: Matrix = DOWN) -> Matrix:
+    """Return the gripper's rotation (3, 3) that points down with its fingers closing along `closing` (2,), turned least.
+
+    A gripper that is turned half round closes along the same line, so of the two the one that is nearer to `near` is taken.
+    """
+    side = np.array([closing[0], closing[1], 0.0])
+    down = np.array([0.0, 0.0, -1.0])
+    one = np.stack([np.cross(side, down), side, down], axis=1)
+    other = one @ np.diag([-1.0, -1.0, 1.0])
+    return one if np.trace(one @ near.T) >= np.trace(other @ near.T) else other
+
+
+def facing_along(approach: Point, bar: Point) -> Matrix:
+    """Return the gripper's rotation (3, 3) that points along `approach` (3,) with its fingers on both sides of a bar (3,)."""
+    forward = approach / np.linalg.norm(approach)
+    side = np.cross(forward, bar)
+    side = side / np.linalg.norm(side)
+    one = np.stack([np.cross(side, forward), side, forward], axis=1)
+    other = one @ np.diag([-1.0, -1.0, 1.0])
+    return one if np.trace(one @ DOWN.T) >= np.trace(other @ DOWN.T) else other
