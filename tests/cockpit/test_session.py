@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from counterflow.cockpit.session import METHODS, Session, SessionSettings
+from counterflow.cockpit.session import METHODS, Here, Session, SessionSettings
 from counterflow.data import SteeringDataset
 from counterflow.errors import InvalidInputError, MismatchError, UnknownNameError, WorkerError
 from counterflow.flow import denoise
@@ -270,6 +270,39 @@ def test_a_simulator_that_dies_is_started_anew(make_session: MakeSession, monkey
     assert session.describe()["tallies"] == []
     hold(session, "up")
     assert session._episode.steps == 5
+
+
+def test_an_episode_that_is_being_kept_survives_a_change_of_task(
+    make_session: MakeSession, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    session = make_session()
+    jobs: list[Callable[[], Any]] = []
+
+    class Later:
+        def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Any:
+            jobs.append(lambda: function(*arguments))
+            return Here().submit(lambda: "later")
+
+    monkeypatch.setattr(session, "_background", Later())
+    session.resume()
+    hold(session, "up")
+    session._finish()
+    session.go_to("ogbench/cube-single-task2")
+    for job in jobs:
+        job()
+    (episode,) = SteeringDataset.load(tmp_path / "run" / "recordings")
+    assert (episode.env, episode.steps) == ("ogbench/cube-single-task1", 5)
+
+
+def test_nothing_moves_when_the_driver_went_while_a_reasoner_thought(make_session: MakeSession) -> None:
+    session = make_session(stale_after=0.5)
+    session.choose(pilot="script")
+    session.resume()
+    session.control.report([], 0.0)
+    assert not session.advance(0.0)  # asked, and answered late
+    assert session.is_moving
+    assert not session.advance(5.0)
+    assert session._episode.steps == 0
 
 
 def test_training_without_successes_says_so(make_session: MakeSession) -> None:

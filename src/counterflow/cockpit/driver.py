@@ -128,7 +128,7 @@ class Driver:
             now = self._clock()
             # Whoever falls behind does not catch up: the robot would run.
             due = max(due + period, now) if moved else now
-            commanded = self._listen(session, due if moved else now + IDLE)
+            commanded = self._listen(session, due if moved else now if session.is_moving else now + IDLE)
             now = self._clock()
             if commanded or not moved or session.state != "driving" or now - described >= STATE_EVERY:
                 described = now

@@ -206,6 +206,7 @@ class _Episode:
     success: bool = False
     steps: int = 0
     kept: Literal["", "kept", "discarded"] = ""
+    closed: bool = False
 
     @property
     def method(self) -> str:
@@ -292,6 +293,9 @@ class Session:
 
     def begin(self) -> None:
         """Begin a new episode. One that was driven and isn't over counts as failed; one that is over is kept, if undecided."""
+        if self.state == "failed":
+            self.restart()
+            return
         self._close_episode()
         index = self._next_index
         self._next_index += 1
@@ -405,7 +409,7 @@ class Session:
 
     def restart(self) -> None:
         """Start the simulator anew; the episode in which it died is lost."""
-        self._episode.decisions.clear()
+        self._episode.closed = True
         self._reopen()
 
     def start_training(self) -> None:
@@ -450,6 +454,8 @@ class Session:
                 if wish is None:
                     return False
                 self._chunk = self._decide(wish)
+                if wish.kind == "pilot" and self._reasoner is not None:
+                    return False  # that may have taken long: first hear whether it is still wanted
             self._execute(self._chunk)
         except WorkerError as error:
             self._fail(error)
@@ -547,8 +553,9 @@ class Session:
         self.note(str(error), "error")
 
     def _close_episode(self) -> None:
-        episode = getattr(self, "_episode", None)
-        if episode is None:
+        """Leave an episode behind: kept if it is over, a failure if it was given up, nothing if it was never driven."""
+        episode: _Episode | None = getattr(self, "_episode", None)
+        if episode is None or episode.closed:
             return
         if self.state == "finished":
             self.keep()
@@ -556,6 +563,7 @@ class Session:
             self._end_chunk()
             if episode.decisions:
                 self._count_outcome(success=False)
+        episode.closed = True
 
     def _count_outcome(self, *, success: bool) -> None:
         one = self._episode
@@ -820,7 +828,6 @@ class Session:
         self._seen.clear()
         self.weight = None
         self.state = "paused"
-        self._episode.decisions.clear()
         self._count_recordings()
         self.begin()
 

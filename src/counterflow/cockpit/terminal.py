@@ -164,7 +164,7 @@ def _loop(session: Session, period: float) -> None:
     due = time.monotonic()
     while True:
         now = time.monotonic()
-        key = _read_key(max(0.0, due - now) if moved else 0.1)
+        key = _read_key(max(0.0, due - now) if moved else 0.0 if session.is_moving else 0.1)
         now = time.monotonic()
         if key and not keys.press(key, now):
             return

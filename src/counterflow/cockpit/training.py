@@ -106,6 +106,8 @@ def train(
         if not (run / RECORDINGS).is_dir():
             raise DatasetError(f"no episode of this task was kept yet ({env}). Drive one to success, and keep it.")
         corrections = _corrections(run, env, config)
+        if initial is not None and initial.config != config.regressor:
+            initial = None  # of another architecture, made elsewhere: begin anew
         beginning = examples_of(run / RECORDINGS, config, env=env)
         if corrections:
             # learn() reports no progress, so its two halves are called here.

@@ -154,6 +154,8 @@ for (const button of document.querySelectorAll("[data-way]")) {
   button.addEventListener("keydown", (event) => { if (event.key === "Enter" && !event.repeat) press(way); });
   button.addEventListener("keyup", (event) => { if (event.key === "Enter") release(way); });
 }
+// A button that was clicked gives the keyboard back, or Space would press it again; one that was reached by Tab keeps it.
+document.addEventListener("click", (event) => { if (event.detail > 0) event.target.closest?.("button")?.blur(); });
 for (const [id, act] of Object.entries({
   gripper: toggleGripper, pause: togglePause, reset: () => command("reset"), keep: () => command("keep"), discard: () => command("discard"),
   restart: () => command("restart"), next: nextTask, train: () => command("train"), "stop-training": () => command("stop_training"),

@@ -1,0 +1,243 @@
+"""The page in a real browser (Debian's Chromium through Playwright). Skipped where no browser is found.
+
+The "person" looks at the simulator through the session and presses keys of the page; nothing else reaches the robot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("playwright", reason="browser tests need the package playwright")
+pytest.importorskip("fastapi", reason="the cockpit's page needs the extra 'cockpit'")
+
+from playwright.sync_api import sync_playwright
+
+from counterflow.cockpit.driver import Driver
+from counterflow.cockpit.server import Cockpit, CockpitSettings, make_server
+from counterflow.cockpit.session import Session, SessionSettings
+from counterflow.learning.dsbc import DSBCConfig
+from counterflow.reasoners import CubeReasoner
+from counterflow.steering import RegressorConfig
+
+BROWSER = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+pytestmark = pytest.mark.skipif(
+    BROWSER is None, reason="no Chromium on this machine; 'apt-get install chromium' brings one"
+)
+TASK = "ogbench/cube-single-task1"
+KEYS = {"left": "ArrowLeft", "right": "ArrowRight", "away": "ArrowUp", "nearer": "ArrowDown", "up": "w", "down": "s"}
+PATIENCE = 120_000  # milliseconds; a machine that is busy is no failure
+QUICK = DSBCConfig(RegressorConfig(members=2, width=16), steps=60, evaluate_every=20, patience=2)
+
+
+class Served:
+    """The cockpit with a simulator in a process of its own."""
+
+    def __init__(self, out: Path) -> None:
+        self.session: Session | None = None
+
+        def make(background: Any) -> Session:
+            self.session = Session(SessionSettings(TASK, out, size=96, stale_after=2, distillation=QUICK), background)
+            return self.session
+
+        self.driver = Driver(make)
+        self.driver.start()
+        self.server = make_server(Cockpit(self.driver, CockpitSettings(port=0)))
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()))
+        self.thread.start()
+        while not self.server.started:
+            threading.Event().wait(0.01)
+        self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}/"
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    made = Served(tmp_path_factory.mktemp("browser") / "run")
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_playwright() as playwright:
+        made = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def open_page(browser: Any, served: Served) -> Iterator[Callable[..., Any]]:
+    pages: list[Any] = []
+    faults: list[str] = []
+
+    def open_one(width: int = 1280, height: int = 720, *, strict: bool = False) -> Any:
+        # Playwright's own waiting evaluates strings, which the page's security policy forbids: `strict` leaves it in force.
+        context = browser.new_context(viewport={"width": width, "height": height}, bypass_csp=not strict)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.goto(served.url)
+        page.wait_for_selector("#picture[data-frame]")
+        pages.append(page)
+        return page
+
+    yield open_one
+    for page in pages:
+        page.context.close()
+    # The seat is kept for who might come back; the next test's page is somebody else.
+    threading.Event().wait(0.2)
+    served_seats(served).driver = None
+    assert not faults
+
+
+def served_seats(served: Served) -> Any:
+    return served.server.config.app.state.cockpit.seats
+
+
+def state_of(page: Any, *states: str) -> None:
+    page.wait_for_function(f"{list(states)}.includes(document.querySelector('#stage').dataset.state)")
+
+
+def drive(page: Any, served: Served, most: int = 150) -> bool:
+    """Press the keys of a coarse person in tap mode, one chunk each, until the episode is over."""
+    session, reasoner = served.session, CubeReasoner()
+    assert session is not None
+    reasoner.reset(0)
+    names = {axes: name for name, axes in session.control.ways.items()}
+    page.click("#tap")
+    for _ in range(most):
+        if session.state not in ("driving", "paused"):
+            break
+        before = session._episode.steps
+        direction = reasoner.decide(session._batch.view(0))
+        if direction.gripper != session.control.gripper or direction.axes not in names:
+            page.keyboard.press("Space")
+        else:
+            page.keyboard.press(KEYS[names[direction.axes]])
+        for _ in range(600):
+            if session.state == "finished" or (session._episode.steps > before and not session.is_moving):
+                break
+            page.wait_for_timeout(10)
+    return session.state == "finished" and session._episode.success
+
+
+def test_from_key_presses_to_a_trained_policy(open_page: Callable[..., Any], served: Served) -> None:
+    """Keyboard only: drive to success, keep, again, train, switch to what was trained."""
+    page = open_page()
+    assert drive(page, served)
+    page.wait_for_selector("#banner:has-text('Success')")
+    page.keyboard.press("k")
+    page.wait_for_selector("#notes li.done:has-text('kept')")
+    page.keyboard.press("r")
+    state_of(page, "driving")
+    assert drive(page, served)
+    page.keyboard.press("k")
+    page.wait_for_selector("#dataset:has-text('2 successes')")
+    page.wait_for_selector("#tallies :text('2 of 2')")
+    page.keyboard.press("t")
+    page.wait_for_selector("#training-text:has-text('is ready')")
+    assert page.locator("#curve polyline").count() == 2
+    page.click("#use")
+    page.wait_for_selector("[data-method=dsbc][aria-checked=true]")
+    page.keyboard.press("r")
+    page.wait_for_function("Number(document.querySelector('#picture').dataset.step) > 5")
+    page.keyboard.press("f")
+    page.wait_for_selector("#exports :text('.mp4')")
+    with page.expect_download() as download:
+        page.click("#exports :text('noise-policy-1.safetensors')")
+    assert Path(download.value.path()).stat().st_size > 1000
+    page.keyboard.press("a")  # nobody drives on
+    page.keyboard.press("5")
+    page.wait_for_selector("[data-method=frs][aria-checked=true]")
+
+
+def test_a_held_key_moves_and_letting_go_stops(open_page: Callable[..., Any], served: Served) -> None:
+    page = open_page()
+    session = served.session
+    assert session is not None
+    page.keyboard.press("r")
+    page.wait_for_function("document.querySelector('#picture').dataset.step === '0'")
+    page.keyboard.down("s")
+    page.wait_for_function("Number(document.querySelector('#picture').dataset.step) > 12")
+    page.keyboard.up("s")
+    page.wait_for_selector("#state:has-text('your turn')")
+    steps = session._episode.steps
+    page.wait_for_timeout(500)
+    assert session._episode.steps == steps
+    pad = page.locator("[data-way=up]")
+    pad.dispatch_event("pointerdown", {"pointerId": 1})
+    page.wait_for_function(f"Number(document.querySelector('#picture').dataset.step) > {steps + 5}")
+    pad.dispatch_event("pointerup", {"pointerId": 1})
+    page.wait_for_selector("#state:has-text('your turn')")
+
+
+def test_a_second_page_watches_and_a_reload_goes_on(open_page: Callable[..., Any], served: Served) -> None:
+    page = open_page()
+    page.keyboard.press("r")
+    page.keyboard.press("s")
+    page.wait_for_function("Number(document.querySelector('#picture').dataset.step) > 0")
+    second = open_page(390, 844)
+    second.wait_for_selector("#seat-text:has-text('somebody else drives')")
+    assert second.locator("[data-way=up]").is_disabled()
+    session = served.session
+    assert session is not None
+    index = session._episode.index
+    page.reload()
+    page.wait_for_selector("#seat-text:has-text('you drive')")
+    state_of(page, "driving")
+    assert session._episode.index == index
+    page.click("#seat-button")  # hand over
+    second.click("#seat-button")
+    second.wait_for_selector("#seat-text:has-text('you drive')")
+    page.wait_for_selector("#seat-text:has-text('you are watching')")
+
+
+def test_a_killed_simulator_shows_and_comes_back(open_page: Callable[..., Any], served: Served) -> None:
+    page = open_page()
+    page.keyboard.press("r")
+    state_of(page, "driving")
+    session = served.session
+    assert session is not None
+    assert session._env is not None
+    os.kill(session._env._workers[0]._process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+    page.keyboard.down("s")
+    state_of(page, "failed")
+    page.keyboard.up("s")
+    page.wait_for_selector("#banner:has-text('died')")
+    page.click("#restart")
+    state_of(page, "driving")
+    page.keyboard.down("s")
+    page.wait_for_function("Number(document.querySelector('#picture').dataset.step) > 3")
+    page.keyboard.up("s")
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 720), (390, 844)])
+def test_everything_can_be_read(open_page: Callable[..., Any], width: int, height: int) -> None:
+    page = open_page(width, height, strict=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    smallest = page.evaluate(
+        """Math.min(...[...document.querySelectorAll('body *')].filter((one) => one.offsetParent && one.childNodes.length
+        && [...one.childNodes].some((child) => child.nodeType === 3 && child.data.trim()))
+        .map((one) => parseFloat(getComputedStyle(one).fontSize)))"""
+    )
+    assert smallest >= 11
+    picture = page.locator("#stage").bounding_box()
+    assert picture["width"] >= 300
+    assert picture["y"] + picture["height"] <= height
+    page.keyboard.press("?")
+    assert page.locator("#help").is_visible()
