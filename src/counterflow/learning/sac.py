@@ -354,12 +354,11 @@ class SACLearner(Generic[Config]):
         self._modules.to(self.device)
         self.log_temperature: Tensor = self._modules.log_temperature  # type: ignore[assignment]
         rates = {"actor": config.actor_learning_rate, "log_temperature": config.temperature_learning_rate}
-        groups = [
-            {"params": [parameter], "lr": rates.get(name.split(".")[0], config.learning_rate)}
-            for name, parameter in self._modules.named_parameters()
-            if parameter.requires_grad
-        ]
-        self._optimiser = torch.optim.Adam(groups, lr=config.learning_rate, fused=True)
+        groups: dict[float, list[nn.Parameter]] = {}  # one a rate: a step of each costs a call
+        for name, parameter in self._modules.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault(rates.get(name.split(".")[0], config.learning_rate), []).append(parameter)
+        self._optimiser = torch.optim.Adam([{"params": own, "lr": rate} for rate, own in groups.items()], fused=True)
         self._rngs = [generator(child_seed(seed, self.name), self.device) for seed in self.seeds]
         self.precision = choose_precision(config.precision, self.device)
         self.compiled = config.compile and can_compile(self.device)
