@@ -11,9 +11,14 @@ import pytest
 import torch
 from hypothesis import settings
 
+from counterflow.envs.rendering import prepare_backend
+
 # Tests run in several processes at once, and the simulators bring workers of their own: one thread each is plenty.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+
+# Some tests look for a benchmark's package while they are collected, and that imports mujoco, which asks only once how to draw.
+prepare_backend()
 
 # The first call of a compiled or lazily imported function is slow; no test asserts on time.
 settings.register_profile("counterflow", deadline=None)

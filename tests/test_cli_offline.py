@@ -50,7 +50,10 @@ def test_train_evaluate_and_go_on(data: Path, tmp_path: Path, capsys: pytest.Cap
     assert "nothing was left to do" in capsys.readouterr().out
 
 
-def test_mistakes_are_explained(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_explained(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # runs go to a folder here unless one is named
     assert train(data, tmp_path / "run", "rql", "--preset", "small") == 0
     capsys.readouterr()
     for arguments, words in (
@@ -63,3 +66,4 @@ def test_mistakes_are_explained(data: Path, tmp_path: Path, capsys: pytest.Captu
         assert main(arguments) != 0
         error = capsys.readouterr()
         assert words in " ".join((error.out + error.err).split()), arguments
+    assert not (tmp_path / "runs").exists()

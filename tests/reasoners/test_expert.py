@@ -216,7 +216,7 @@ class TestRandomness:
 
 
 class TestRefusals:
-    @pytest.mark.parametrize("name", ["metaworld/reach", "ogbench/antmaze-task1", "cube-single-task1"])
+    @pytest.mark.parametrize("name", ["maniskill/reach", "ogbench/antmaze-task1", "cube-single-task1"])
     def test_environments_without_an_expert(self, name: str) -> None:
         with pytest.raises(UnknownNameError, match="expert for environment"):
             oracle_expert(name)

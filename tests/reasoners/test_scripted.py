@@ -39,4 +39,4 @@ def test_every_environment_has_its_own() -> None:
     assert isinstance(scripted_reasoner("ogbench/puzzle-4x6-task1"), PuzzleReasoner)
     assert isinstance(scripted_reasoner("ogbench/scene-task1"), SceneReasoner)
     with pytest.raises(UnknownNameError, match="scripted reasoner"):
-        scripted_reasoner("metaworld/reach")
+        scripted_reasoner("maniskill/reach")

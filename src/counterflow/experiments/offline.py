@@ -186,9 +186,9 @@ def train_offline(
         "run": asdict(settings),
         **asdict(config),
     }
-    with (
-        Run(run, content) as folder,
+    with (  # the data first: a run whose data can't be right leaves no folder
         _Source(data, spec, config, settings, LEARNERS[algorithm].batch_kind, device) as source,
+        Run(run, content) as folder,
     ):
         return _Training(algorithm, source, spec, folder, config, settings, seeds, device).go(on_progress)
 

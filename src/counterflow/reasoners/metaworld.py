@@ -123,4 +123,5 @@ def _policy(env_name: str) -> Any:
     task = env_name.removeprefix(PREFIX)
     if task not in ENV_POLICY_MAP:
         raise UnknownNameError("task of Meta-World's", env_name, [PREFIX + name for name in ENV_POLICY_MAP])
-    return ENV_POLICY_MAP[task]()
+    policy: Any = ENV_POLICY_MAP[task]  # declared as the abstract base, though each is one of its children
+    return policy()
