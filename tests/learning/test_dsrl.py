@@ -206,6 +206,17 @@ def test_doing_as_successes_did() -> None:
     assert SACConfig(bc_weight=2.0).bc_weight_at(10**6) == 2.0
 
 
+@pytest.mark.parametrize(("bound", "expected"), [(5.0, 0.96), (1.5, 0.76)])
+def test_a_latent_begins_as_near_the_prior_as_its_bound_lets_it(bound: float, expected: float) -> None:
+    learner = SACLearner(ActionSizes(3, torch.tensor([bound, 0.3])), SACConfig(**SMALL), [0])
+    drawn = learner.act(torch.randn(1, 20_000, 3))
+    noise = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    wanted = (bound * torch.tanh(noise / bound)).std().item()
+    assert drawn[..., 0].std().item() == pytest.approx(wanted, rel=0.03)
+    assert wanted == pytest.approx(expected, abs=0.03)
+    assert (drawn[..., 1].std() / 0.3).item() == pytest.approx(torch.tanh(noise).std().item(), rel=0.03)
+
+
 def test_an_actor_begins_as_an_imitation() -> None:
     learner = make("dsrl", [0, 1], **FAST)
     seen = torch.randn(64, 3)

@@ -457,7 +457,7 @@ class _Training:
                 for name, policy in policies.items()
             }
             told |= {name: rate.to_json() for name, rate in rates.items()}
-            if rates["start"].interval.high < rates["base"].rate or rates["start"].rate < 0.5 * rates["base"].rate:
+            if rates["start"].interval.high < rates["base"].rate:
                 warnings.warn(
                     f"the base policy succeeds in {100 * rates['base'].rate:.0f}% of {settings.start_episodes} episodes, and its "
                     f"steered start, latent {settings.latent!r} with bound {space.bound}, in {100 * rates['start'].rate:.0f}%: "

@@ -64,7 +64,8 @@ class SACConfig:
         subset: how many of them, drawn anew in every update, an aggregate is of; 0: all.
         aggregation: of the critics' values: "min" or "mean".
         entropy_backup: whether the entropy is part of the critics' target.
-        initial_std: of the actor's Gaussian at the start, before the squashing.
+        initial_std: of the actor's Gaussian at the start: with 1 a latent begins as near N(0, 1) as its bound lets it; that of a
+            residual, whose bound is below 1, is in units of its bound.
         initial_temperature: alpha at the start.
         learn_temperature: False keeps it there.
         temperature_floor: the temperature never falls below (noise aliasing dips when it does too early).
@@ -343,8 +344,9 @@ class SACLearner(Generic[Config]):
                 actor, (low, high) = self.networks["actor"], LOG_STD
                 actor.weights[-1].mul_(FIRST)
                 if actor.outputs == 2 * sizes.action:
-                    spread = math.atanh(2 * (math.log(config.initial_std) - low) / (high - low) - 1) - MIDDLE
-                    actor.biases[-1][..., sizes.action :] = spread
+                    # A latent begins as near N(0, 1) as its bound lets it: bound * tanh(noise / bound).
+                    wanted = (config.initial_std / sizes.limits.clamp_min(1)).log().clamp(low + 0.01, high - 0.01)
+                    actor.biases[-1][..., sizes.action :] = torch.atanh(2 * (wanted - low) / (high - low) - 1) - MIDDLE
         for online, target in self.following():
             target.load_state_dict(online.state_dict())
             target.requires_grad_(False)
