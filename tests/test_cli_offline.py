@@ -38,7 +38,7 @@ def test_train_evaluate_and_go_on(data: Path, tmp_path: Path, capsys: pytest.Cap
     assert train(data, tmp_path / "run", "qgf", "--seeds", "2", "--seed", "3") == 0
     said = capsys.readouterr().out
     assert f"{tmp_path / 'run' / 'seed-4'}" in said
-    assert "next: counterflow eval ogbench/cube-single-task1 --steer qgf --policy" in said
+    assert "next: counterflow eval ogbench/cube-single-task1 --steer qgf --steps 3 --policy" in said
     result = tmp_path / "result.json"
     command = ["eval", ENV, "--policy", str(tmp_path / "run" / "seed-3"), "--episodes", "1", "--json", str(result)]
     guided = ["--steer", "qgf", "--weight", "0.5", "--best-of", "2", "--aggregation", "mean"]

@@ -362,14 +362,14 @@ def report_rollouts() -> str:
         title=f"Distilled from {ROLLOUTS} steered successes",
         subtitle=f"Mean over tasks of a family, {len(SEEDS)} training seeds",
     )
-    dsbc, frs, bc = (mean(comparison, one, TASKS) for one in ("dsbc", "FRS", "bc"))
-    return "\n".join(
-        [
-            *table(comparison, list(methods.values())),
-            "",
-            f"DSBC reaches {100 * dsbc.rate / frs.rate:.0f}% of FRS's success; DSBC minus BC: {Difference(dsbc, bc)} points.",
-        ]
-    )
+    lines = [*table(comparison, list(methods.values())), ""]
+    for name, tasks in {**FAMILIES, "all": TASKS}.items():
+        dsbc, frs, bc = (mean(comparison, one, tasks) for one in ("dsbc", "FRS", "bc"))
+        lines.append(
+            f"- {name}: DSBC reaches {100 * dsbc.rate / frs.rate:.0f}% of FRS's success; DSBC minus BC: {Difference(dsbc, bc)} "
+            "points."
+        )
+    return "\n".join(lines)
 
 
 def report_settings() -> str:
@@ -410,10 +410,13 @@ def report_offline() -> str:
     """Return the tables of learning from demonstrations and of what inversion misses."""
     comparison = results_of("offline")
     methods = ["bc", *(f"dsbc, {kind}" for kind in KINDS[::-1])]
-    dsbc, bc = mean(comparison, "dsbc, regularised", TASKS), mean(comparison, "bc", TASKS)
+    differences = []
+    for name, tasks in {**FAMILIES, "all": TASKS}.items():
+        dsbc, bc = mean(comparison, "dsbc, regularised", tasks), mean(comparison, "bc", tasks)
+        differences.append(f"- {name}: DSBC (regularised noises) minus BC: {Difference(dsbc, bc)} points.")
     names = {task: RESULTS / "inversion" / f"{task.split('/')[1]}.json" for task in TASKS}
     found = {task: json.loads(path.read_text()) for task, path in names.items() if path.exists()}
-    lines = [*table(comparison, methods), "", f"DSBC (regularised noises) minus BC: {Difference(dsbc, bc)} points.", ""]
+    lines = [*table(comparison, methods), "", *differences, ""]
     lines += ["| task | noises by | error, median | 90% | 99% | flagged | noise, root mean square |"]
     lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
     for task, kinds in found.items():

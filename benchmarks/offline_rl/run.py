@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,7 +26,7 @@ from rich.console import Console
 from counterflow.envs import family_of
 from counterflow.experiments.compare import Comparison, Contender, compare, comparison_of, read_results
 from counterflow.experiments.figures import success_bars, success_curve
-from counterflow.experiments.offline import OfflineProgress, acting, train_offline
+from counterflow.experiments.offline import OfflineProgress, acting_of, train_offline
 from counterflow.experiments.presets import preset
 from counterflow.experiments.statistics import MeanRate, SuccessRate
 from counterflow.files import write_json
@@ -39,6 +39,7 @@ SCENE_TASKS = tuple(f"ogbench/scene-task{task}" for task in (1, 2, 3))
 TASKS = (*CUBE_TASKS, *SCENE_TASKS)
 FAMILIES = {"ogbench/cube-single": CUBE_TASKS, "ogbench/scene": SCENE_TASKS}
 SEEDS = (0, 1, 2)
+CURVE_EPISODES = 10  # at each point of a learning curve, for each seed and task
 ALGORITHMS = ("qgf", "ifql", "fql", "rql")
 WEIGHTS = (0.01, 0.03, 0.1, 0.3)  # of QGF's sweep; the scale is that of the critic's gradient
 Stage = Literal["train", "small", "prior", "parity"]
@@ -102,10 +103,11 @@ def train(arguments: Arguments, console: Console) -> None:
         data = arguments.data / f"{family_of(task).split('/')[1]}-play.npz"
         for algorithm in arguments.algorithms:
             config, run = preset(algorithm, task, "small")
+            run = replace(run, evaluate_every=2_000, episodes=CURVE_EPISODES)  # four points of a curve that all tasks share
             console.log(f"{algorithm} on {task}")
 
             def show(progress: OfflineProgress) -> None:
-                if progress.step % 5_000 == 0:
+                if progress.step % 2_000 == 0:
                     console.log(f"  {progress.step}, {progress.seconds:.0f} s, {progress.success}")
 
             train_offline(algorithm, data, task, folder_of(algorithm, task), config, run, seeds=SEEDS, on_progress=show)
@@ -119,11 +121,11 @@ def small(arguments: Arguments, console: Console) -> None:
             for algorithm in arguments.algorithms:
                 folder = folder_of(algorithm, task) / f"seed-{seed}"
                 if (folder / "checkpoints" / "policy.safetensors").exists():
-                    contenders = contenders_of(algorithm, seed, folder / "checkpoints" / "critic.safetensors")
+                    contenders = contenders_of(algorithm, task, seed, folder / "checkpoints" / "critic.safetensors")
                     run(console, task, contenders, arguments.episodes, path, str(folder))
 
 
-def contenders_of(algorithm: str, seed: int, critic: Path) -> list[Contender]:
+def contenders_of(algorithm: str, task: str, seed: int, critic: Path) -> list[Contender]:
     """Return what is evaluated of one run."""
     if algorithm == "qgf":
         guided = [
@@ -131,11 +133,11 @@ def contenders_of(algorithm: str, seed: int, critic: Path) -> list[Contender]:
             for label, settings in GUIDANCE.items()
         ]
         return [Contender(f"BC, seed {seed}", "base"), *guided]
-    method, guidance = acting(algorithm)
+    own = acting_of(preset(algorithm, task, "small")[0])
     label = f"{algorithm.upper()}, seed {seed}"
-    if guidance is None:
-        return [Contender(label, method)]
-    return [Contender(label, method, critic=str(critic), guidance=guidance)]
+    if own.guidance is None:
+        return [Contender(label, own.method, own.settings)]
+    return [Contender(label, own.method, own.settings, critic=str(critic), guidance=own.guidance)]
 
 
 def prior(arguments: Arguments, console: Console) -> None:
@@ -291,9 +293,8 @@ def draw_curves() -> None:
                 rates.setdefault(found["step"], []).extend(
                     value for name, value in found.items() if name.startswith("success/")
                 )
-        episodes = preset(algorithm, TASKS[0], "small")[1].episodes
         points = {
-            step: SuccessRate(round(float(np.sum(values)) * episodes), episodes * len(values))
+            step: SuccessRate(round(float(np.sum(values)) * CURVE_EPISODES), CURVE_EPISODES * len(values))
             for step, values in rates.items()
             if values
         }

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from counterflow.cli_options import changed
 from counterflow.envs import family_of
-from counterflow.experiments.offline import OfflineProgress, OfflineRun, train_offline
+from counterflow.experiments.offline import OfflineProgress, OfflineRun, acting_of, train_offline
 from counterflow.experiments.presets import PresetName, preset
 from counterflow.experiments.progress import progress_bar
 from counterflow.learning.offline import OfflineConfig
@@ -119,7 +119,10 @@ def run_offline(
         console.print("this run was finished before; nothing was left to do.")
     else:
         console.print(f"{trained.steps_done} updates of {len(seeds)} seeds in {trained.seconds:.0f} s.")
-    steer = "qgf" if algorithm == "qgf" else "base"
+    acting = acting_of(config)
+    steer = f"{acting.method} --steps {acting.settings.steps}"
+    if acting.guidance is not None and acting.guidance.best_of > 1:
+        steer += f" --weight {acting.guidance.weight:g} --best-of {acting.guidance.best_of}"
     for seed, folder in trained.folders.items():
         rate = f"  success {100 * trained.success[seed]:.0f} %" if seed in trained.success else ""
         console.print(f"  {folder}{rate}", soft_wrap=True)

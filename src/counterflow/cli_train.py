@@ -58,6 +58,10 @@ class TrainBC:
                     f"the dataset {data} was given without its environment; say --env, for example ogbench/cube-single."
                 )
             env, data = self.data, Path("data") / f"{family_of(self.data).split('/')[-1]}-play.npz"
+        if self.preset is not None and self.config != BCConfig():
+            raise InvalidInputError(
+                f"the preset {self.preset!r} was named, and settings of the learning beside it; expected one or the other."
+            )
         config = self.config if self.preset is None else cloning_preset(self.preset)
         out = self.out or Path("runs") / f"bc-{env.split('/')[-1]}-{self.seed}"
         _train(console, data, env, out, config, self.seed, self.device)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ from counterflow.experiments.offline import (
     OfflineProgress,
     OfflineRun,
     OfflineTrained,
+    acting_of,
     read_offline_settings,
     train_offline,
 )
@@ -33,6 +38,7 @@ ENV = "ogbench/cube-single-task1"
 SMALL: dict[str, Any] = {"width": 8, "depth": 2, "batch_size": 8, "horizon": 5, "flow_steps": 3, "compile": False}
 RUN = OfflineRun(steps=60, evaluate_every=0, episodes=0, checkpoint_every=20, report_every=10, slice_every=BLOCK)
 ALGORITHMS = tuple(CONFIGS)
+ACTING = acting_of(CONFIGS["rql"](flow_steps=3))
 
 
 def config(algorithm: str, **changes: Any) -> OfflineConfig:
@@ -195,12 +201,12 @@ def test_an_evaluation_that_was_cut_off_is_done_when_the_run_goes_on(data: Path,
     content = _config(tmp_path / "run")
     reported = {}
     with Run(tmp_path / "run", content) as folder:
-        with Evaluations(folder, ENV, "rql", 1, lambda step, rates: reported.update({step: rates})) as judge:
+        with Evaluations(folder, ENV, ACTING, 1, lambda step, rates: reported.update({step: rates})) as judge:
             waiting = judge.place(20, 0)
         waiting.mkdir(parents=True)
         for file in (tmp_path / "run" / "seed-0" / "checkpoints").iterdir():
             (waiting / file.name).write_bytes(file.read_bytes())
-        with Evaluations(folder, ENV, "rql", 1, lambda step, rates: reported.update({step: rates})) as judge:
+        with Evaluations(folder, ENV, ACTING, 1, lambda step, rates: reported.update({step: rates})) as judge:
             judge.wait()
     assert list(reported) == [20]
     assert not waiting.exists()
@@ -296,3 +302,41 @@ class TestChangedSettings:
             changed(config("rql"), [given])
         with pytest.raises(UnknownNameError, match="alpha"):
             changed(config("rql"), ["alhpa=1"])
+
+
+def test_a_policy_acts_as_its_own_settings_say() -> None:
+    rql = acting_of(config("rql", flow_steps=7))
+    assert (rql.method, rql.settings.steps, rql.guidance) == ("base", 7, None)
+    ifql = acting_of(config("ifql", candidates=5)).guidance
+    assert ifql is not None
+    assert (ifql.weight, ifql.best_of) == (0.0, 5)
+    qgf = acting_of(config("qgf", aggregation="mean")).guidance
+    assert qgf is not None
+    assert (qgf.weight, qgf.aggregation) == ("auto", "mean")
+
+
+def test_a_worker_ends_with_its_parent() -> None:
+    """However that came about: the parent is killed, and cannot shut its pool down."""
+    script = (
+        "import multiprocessing, os, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from counterflow.experiments.offline import leave_with\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    pool = ProcessPoolExecutor(1, mp_context=context, initializer=leave_with, initargs=(os.getpid(),))\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "parent.py"
+        path.write_text(script)
+        with subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, text=True) as parent:
+            assert parent.stdout is not None
+            worker = int(parent.stdout.readline())
+            assert Path(f"/proc/{worker}").exists()
+            parent.kill()
+    for _ in range(600):
+        if not Path(f"/proc/{worker}").exists():
+            return
+        time.sleep(0.1)
+    pytest.fail(f"the worker {worker} is still there a minute after its parent was killed")

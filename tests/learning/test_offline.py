@@ -136,7 +136,6 @@ def test_the_policy_handed_on_is_the_network_that_was_trained(name: str) -> None
         wide = torch.cat(inputs, 1).expand(2, -1, -1)
         said = field.stack(wide)[1].view(5, 2, 2)
         torch.testing.assert_close(found, said - x if field.network.name == "one_step_mlp" else said)
-    assert (field.steps == 1) == (name == "fql")
 
 
 def test_pulling_back_covers_the_fraction_that_was_drawn() -> None:

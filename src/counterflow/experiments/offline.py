@@ -41,7 +41,7 @@ from counterflow.learning.rql import RQLConfig, RQLLearner
 from counterflow.policies import ActionSpec, FlowPolicy, Normaliser, as_device, save
 from counterflow.policies.checkpoint import load
 from counterflow.random import child_seed
-from counterflow.steering import ChunkCritic, CriticBinding, CriticConfig, GuidanceSettings
+from counterflow.steering import ChunkCritic, CriticBinding, CriticConfig, GuidanceSettings, MethodSettings
 
 Algorithm = Literal["rql", "qgf", "fql", "ifql"]
 LEARNERS: dict[str, type[OfflineLearner[Any, Any]]] = {
@@ -95,6 +95,31 @@ class OfflineRun:
             raise InvalidInputError(
                 f"slice_every is {self.slice_every}; expected a multiple of {BLOCK}, the updates that are drawn together."
             )
+
+
+@dataclass(frozen=True)
+class Acting:
+    """How an algorithm's policy acts, as `evaluate` takes it.
+
+    Attributes:
+        method: how the policy is steered.
+        settings: the method's: the denoising steps are those that it was trained for.
+        guidance: how its critic takes part; None: it doesn't.
+    """
+
+    method: str
+    settings: MethodSettings
+    guidance: GuidanceSettings | None = None
+
+
+def acting_of(config: OfflineConfig) -> Acting:
+    """Return how the policy acts that was trained with these settings."""
+    settings = MethodSettings(steps=config.flow_steps)
+    if isinstance(config, QGFConfig):
+        return Acting("qgf", settings, GuidanceSettings(aggregation=config.aggregation))
+    if isinstance(config, IFQLConfig):
+        return Acting("qgf", settings, GuidanceSettings(weight=0.0, best_of=config.candidates))
+    return Acting("base", settings)
 
 
 @dataclass(frozen=True)
@@ -286,7 +311,7 @@ class _Training:
         first, began = learner.step, time.perf_counter()
         folder.forget_after(first)
         with Evaluations(
-            folder, self.spec.name, self.algorithm, settings.episodes, on_rates=self._report_rates
+            folder, self.spec.name, acting_of(self.config), settings.episodes, on_rates=self._report_rates
         ) as judge:
             reported: list[dict[str, Tensor]] = []
             while learner.step < settings.steps:
@@ -399,7 +424,7 @@ class Evaluations:
     Args:
         folder: the run.
         env: the task.
-        algorithm: which says how its policy acts.
+        acting: how the policy acts.
         episodes: of each evaluation; 0: nothing is ever evaluated.
         on_rates: called with a step and the rates that became known, seed by seed.
     """
@@ -408,11 +433,11 @@ class Evaluations:
         self,
         folder: Run,
         env: str,
-        algorithm: str,
+        acting: Acting,
         episodes: int,
         on_rates: Callable[[int, dict[int, float]], None],
     ) -> None:
-        self._root, self._env, self._algorithm = folder.folder / "evaluations", env, algorithm
+        self._root, self._env, self._acting = folder.folder / "evaluations", env, acting
         self._episodes, self._on_rates = episodes, on_rates
         self._pool: ProcessPoolExecutor | None = None
         self._pending: dict[Path, Future[float]] = {}
@@ -447,7 +472,7 @@ class Evaluations:
             if self._pool is None:
                 context = multiprocessing.get_context("spawn")
                 self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=leave_with, initargs=(os.getpid(),))
-            arguments = (self._env, self._algorithm, str(place), self._episodes)
+            arguments = (self._env, self._acting, str(place), self._episodes)
             self._pending[place] = self._pool.submit(success_of, *arguments)
 
     def collect(self) -> None:
@@ -478,25 +503,25 @@ def leave_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def success_of(env: str, algorithm: str, place: str, episodes: int) -> float:
-    """Return the success rate of the policy in `place`, acting as its algorithm says; runs in a process of its own."""
+def success_of(env: str, acting: Acting, place: str, episodes: int) -> float:
+    """Return the success rate of the policy in `place`; runs in a process of its own."""
     torch.set_num_threads(1)
     policy = load(Path(place) / "policy.safetensors")
-    method, guidance = acting(algorithm)
-    critic = None if guidance is None else ChunkCritic.load(Path(place) / "critic.safetensors")
+    critic = None if acting.guidance is None else ChunkCritic.load(Path(place) / "critic.safetensors")
     # Seeds of the evaluations on the way differ from those of results: a choice made by these must not colour them.
     seed = child_seed(0, "validation")
     with make_env(env, min(episodes, EVALUATED_AT_ONCE), workers=0) as vector:
-        return evaluate(vector, policy, method, episodes, seed, critic=critic, guidance=guidance).rate.rate
-
-
-def acting(algorithm: str) -> tuple[str, GuidanceSettings | None]:
-    """Return how an algorithm's policy acts: the method, and how its critic takes part, or None if it doesn't."""
-    if algorithm == "qgf":
-        return "qgf", GuidanceSettings()
-    if algorithm == "ifql":
-        return "qgf", GuidanceSettings(weight=0.0, best_of=IFQLConfig().candidates)
-    return "base", None
+        found = evaluate(
+            vector,
+            policy,
+            acting.method,
+            episodes,
+            seed,
+            settings=acting.settings,
+            critic=critic,
+            guidance=acting.guidance,
+        )
+    return found.rate.rate
 
 
 def read_offline_settings(

@@ -75,7 +75,7 @@ SMALL_OWN: dict[str, dict[str, Any]] = {
     "fql": {},
     "ifql": {},
 }
-SMALL_RUN = OfflineRun(steps=12_000, evaluate_every=4_000, episodes=20, checkpoint_every=2_000, report_every=500)
+SMALL_RUN = OfflineRun(steps=8_000, evaluate_every=4_000, episodes=20, checkpoint_every=2_000, report_every=500)
 
 
 def preset(algorithm: str, env: str, name: PresetName) -> tuple[OfflineConfig, OfflineRun]:

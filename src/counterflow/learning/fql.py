@@ -175,7 +175,7 @@ class FQLLearner(OfflineLearner[FQLConfig, Chunks]):
 
     def field(self) -> Field:
         """Return the one-step policy, as a flow of one step."""
-        return Field(NetworkConfig("one_step_mlp", self.config.width, self.config.depth), self.parts.one_step, 1)
+        return Field(NetworkConfig("one_step_mlp", self.config.width, self.config.depth), self.parts.one_step)
 
     def critic(self) -> Critic:
         """Return the target critics."""

@@ -93,7 +93,7 @@ class IFQLLearner(OfflineLearner[IFQLConfig, Chunks]):
     def field(self) -> Field:
         """Return the flow."""
         network = NetworkConfig("plain_mlp", self.config.width, self.config.depth)
-        return Field(network, self.flow, self.config.flow_steps)
+        return Field(network, self.flow)
 
     def critic(self) -> Critic:
         """Return the target critics (the official code ranks by the critics themselves, a few hundred updates ahead)."""

@@ -114,12 +114,10 @@ class Field:
     Attributes:
         network: its architecture.
         stack: S networks, one a seed.
-        steps: denoising steps with which it acts.
     """
 
     network: NetworkConfig
     stack: StackedMLP
-    steps: int
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ class QGFLearner(OfflineLearner[QGFConfig, Chunks]):
     def field(self) -> Field:
         """Return the policy."""
         network = NetworkConfig("normed_mlp", self.config.width, self.config.depth)
-        return Field(network, self.policy, self.config.flow_steps)
+        return Field(network, self.policy)
 
     def critic(self) -> Critic:
         """Return the target critics."""

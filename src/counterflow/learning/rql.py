@@ -201,7 +201,7 @@ class RQLLearner(OfflineLearner[RQLConfig, Windows]):
     def field(self) -> Field:
         """Return the averaged actor."""
         network = NetworkConfig("plain_mlp", self.config.width, self.config.depth)
-        return Field(network, self.parts.target_actor, self.config.flow_steps)
+        return Field(network, self.parts.target_actor)
 
     def critic(self) -> Critic:
         """Return the target value of complete chunks (f = 1)."""
