@@ -306,6 +306,27 @@ class TestOnline:
         assert main(["train", "residual", TASK, "--reward", "dense", "--decisions", "7", "--num-envs", "3"]) == 0
         assert (seen["settings"].reward, seen["settings"].decisions, seen["settings"].num_envs) == ("dense", 7, 3)
 
+    def test_corrections_and_their_ablations(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        import counterflow.cli_online as module
+
+        seen: list[Any] = []
+        monkeypatch.setattr(module, "run_corrections", lambda *arguments: seen.extend(arguments[1:]))
+        arguments = ["train", "corrections", TASK, "--data", str(tmp_path), "--critic-sees", "both", "--set", "alpha=1"]
+        assert (
+            main([*arguments, "--residual-bound", "0.1", "0.2", "--steps", "7", "--seeds", "2", "--first", "20"]) == 0
+        )
+        data, env, out, config, settings, seeds, policy, device = seen
+        assert (data, env, out, policy, device) == (
+            tmp_path,
+            TASK,
+            Path("runs/corrections-cube-single-task1"),
+            None,
+            "cpu",
+        )
+        assert (config.critic_sees, config.anchor, config.alpha) == ("both", "residual", 1.0)
+        assert (settings.steps, settings.residual_bound, settings.first, settings.episodes) == (7, (0.1, 0.2), 20, 50)
+        assert [*seeds] == [0, 1]
+
     def test_settings_of_algorithm_and_run_have_different_names(self) -> None:
         from dataclasses import fields
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -42,7 +42,10 @@ SEEDS = (0, 1, 2)
 CURVE_EPISODES = 10  # at each point of a learning curve, for each seed and task
 ALGORITHMS = ("qgf", "ifql", "fql", "rql")
 WEIGHTS = (0.01, 0.03, 0.1, 0.3)  # of QGF's sweep; the scale is that of the critic's gradient
-Stage = Literal["train", "small", "prior", "parity"]
+WIDTHS = (64, 128, 256)  # of every network; the last is the small preset's
+SCALED = ("ogbench/cube-single-task1", "ogbench/cube-single-task2")
+GOAL_FAMILIES = ("cube-single", "scene")
+Stage = Literal["train", "small", "prior", "goals", "scale", "parity"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 # Of QGF, what is compared: label -> how the critic takes part.
 GUIDANCE: dict[str, GuidanceSettings] = {
@@ -70,7 +73,8 @@ class Arguments:
     data: Path = HERE / "data"
     """The folder of the datasets, <family>-play.npz."""
     stages: tuple[Stage, ...] = STAGES
-    """train: the small preset; small: evaluate it; prior: critics that guide the shipped prior; parity: golden numbers."""
+    """train: the small preset; small: evaluate it; prior: critics that guide the shipped prior; goals: goal-conditioned; scale:
+    three widths; parity: golden numbers."""
     tasks: tuple[str, ...] = TASKS
     """For these tasks alone."""
     algorithms: tuple[str, ...] = ALGORITHMS
@@ -103,7 +107,8 @@ def train(arguments: Arguments, console: Console) -> None:
         data = arguments.data / f"{family_of(task).split('/')[1]}-play.npz"
         for algorithm in arguments.algorithms:
             config, run = preset(algorithm, task, "small")
-            run = replace(run, evaluate_every=2_000, episodes=CURVE_EPISODES)  # four points of a curve that all tasks share
+            # Four points of a curve that all tasks of cube-single share; scene's episodes are too long for that.
+            run = replace(run, evaluate_every=2_000, episodes=CURVE_EPISODES if task in CUBE_TASKS else 0)
             console.log(f"{algorithm} on {task}")
 
             def show(progress: OfflineProgress) -> None:
@@ -163,6 +168,63 @@ def prior(arguments: Arguments, console: Console) -> None:
             run(console, task, contenders, arguments.episodes, path)
 
 
+def goals(arguments: Arguments, console: Console) -> None:
+    """Train one goal-conditioned flow and critic a family, and evaluate it on OGBench's five goals."""
+    for name in GOAL_FAMILIES:
+        tasks = [f"ogbench/{name}-goals-task{task}" for task in range(1, 6)]
+        if not any(task.replace("-goals", "") in arguments.tasks for task in tasks):
+            continue
+        config, settings = preset("qgf", tasks[0], "small")
+        settings = replace(settings, steps=2 * settings.steps, episodes=0)  # five tasks' worth of goals in one network
+        folder = RUNS / f"qgf-{name}-goals"
+        console.log(f"goal-conditioned QGF on {name}")
+        train_offline("qgf", arguments.data / f"{name}-play.npz", tasks[0], folder, config, settings, seeds=SEEDS)
+        for task in tasks:
+            for seed in SEEDS:
+                own = folder / f"seed-{seed}"
+                critic = str(own / "checkpoints" / "critic.safetensors")
+                contenders = [
+                    Contender(f"flow BC, seed {seed}", "base"),
+                    Contender(f"QGF, seed {seed}", "qgf", critic=critic, guidance=GuidanceSettings()),
+                    Contender(
+                        f"QGF, best of 8, seed {seed}", "qgf", critic=critic, guidance=GuidanceSettings(best_of=8)
+                    ),
+                ]
+                path = RESULTS / "goals" / f"{task.split('/')[1]}.json"
+                run(console, task, contenders, arguments.episodes, path, str(own))
+
+
+def scale(arguments: Arguments, console: Console) -> None:
+    """Train QGF and RQL at three widths; the small preset's is that of the main table."""
+    for task in SCALED:
+        if task not in arguments.tasks:
+            continue
+        path = RESULTS / "scale" / f"{task.split('/')[1]}.json"
+        for width in WIDTHS:
+            for algorithm in ("qgf", "rql"):
+                config, settings = preset(algorithm, task, "small")
+                folder = folder_of(algorithm, task)
+                if width != config.width:
+                    folder = folder.with_name(f"{folder.name}-width{width}")
+                    console.log(f"{algorithm} on {task}, width {width}")
+                    config, settings = replace(config, width=width), replace(settings, episodes=0)
+                    data = arguments.data / f"{family_of(task).split('/')[1]}-play.npz"
+                    train_offline(algorithm, data, task, folder, config, settings, seeds=SEEDS)
+                own = acting_of(config)
+                guidance = own.guidance or GuidanceSettings()
+                for seed in SEEDS:
+                    place = folder / f"seed-{seed}"
+                    critic = None if own.guidance is None else str(place / "checkpoints" / "critic.safetensors")
+                    contender = Contender(
+                        f"{algorithm.upper()}, width {width}, seed {seed}",
+                        own.method,
+                        own.settings,
+                        critic=critic,
+                        guidance=guidance,
+                    )
+                    run(console, task, [contender], arguments.episodes, path, str(place))
+
+
 def run(
     console: Console, task: str, contenders: Sequence[Contender], episodes: int, path: Path, policy: str | None = None
 ) -> None:
@@ -195,6 +257,8 @@ RUN: dict[str, Callable[[Arguments, Console], None]] = {
     "train": train,
     "small": small,
     "prior": prior,
+    "goals": goals,
+    "scale": scale,
     "parity": parity,
 }
 
@@ -207,6 +271,8 @@ def report() -> None:
         ("parity", report_parity),
         ("small", report_small),
         ("prior", report_prior),
+        ("goals", report_goals),
+        ("scale", report_scale),
         ("speed", report_speed),
     ):
         if f"<!-- {name}:" in readme.read_text():
@@ -267,14 +333,19 @@ def report_small() -> str:
     return "\n".join(lines)
 
 
-def table(comparison: Comparison, methods: Sequence[str]) -> list[str]:
+def table(
+    comparison: Comparison,
+    methods: Sequence[str],
+    known: Sequence[str] = TASKS,
+    families: Mapping[str, Sequence[str]] = FAMILIES,
+) -> list[str]:
     """Return the lines of a table: a row a task, means of families below."""
-    done = [task for task in TASKS if task in comparison.tasks]
+    done = [task for task in known if task in comparison.tasks]
     lines = ["| task | " + " | ".join(methods) + " |", "| --- |" + " ---: |" * len(methods)]
     lines += [
         f"| {task} | " + " | ".join(cell(rate_of(comparison, one, task)) for one in methods) + " |" for task in done
     ]
-    for family, tasks in FAMILIES.items():
+    for family, tasks in families.items():
         if any(task in done for task in tasks):
             means = " | ".join(f"**{cell(mean(comparison, one, tasks))}**" for one in methods)
             lines.append(f"| **mean {family}** | {means} |")
@@ -286,7 +357,7 @@ def draw_curves() -> None:
     curves: dict[str, dict[float, Any]] = {}
     for algorithm in ALGORITHMS:
         rates: dict[float, list[float]] = {}
-        for task in TASKS:
+        for task in CUBE_TASKS:
             path = folder_of(algorithm, task) / "metrics.jsonl"
             for line in path.read_text().splitlines() if path.exists() else []:
                 found = json.loads(line)
@@ -306,7 +377,7 @@ def draw_curves() -> None:
             HERE / "curves.png",
             xlabel="updates",
             title="Learning curves",
-            subtitle="All tasks and seeds that were run, episodes of their own",
+            subtitle="cube-single, all tasks and seeds that were run, episodes of their own",
         )
 
 
@@ -317,6 +388,45 @@ def report_prior() -> str:
         return ""
     methods = ("prior", "prior + QGF", "prior + QGF, best of 8", "FRS", "FRS + QGF")
     return "\n".join(table(comparison, methods))
+
+
+def report_goals() -> str:
+    """Return the table of the goal-conditioned policies."""
+    comparison = results_of("goals")
+    if comparison is None:
+        return ""
+    families = {
+        f"ogbench/{name}-goals": [f"ogbench/{name}-goals-task{task}" for task in range(1, 6)] for name in GOAL_FAMILIES
+    }
+    tasks = [task for family in families.values() for task in family]
+    return "\n".join(table(comparison, ("flow BC", "QGF", "QGF, best of 8"), tasks, families))
+
+
+def report_scale() -> str:
+    """Return the table of the widths and draw its figure."""
+    comparison = results_of("scale")
+    if comparison is None:
+        return ""
+    labels = {algorithm: [f"{algorithm}, width {width}" for width in WIDTHS] for algorithm in ("QGF", "RQL")}
+    curves: dict[str, dict[float, Any]] = {}
+    for algorithm, several in labels.items():
+        points = {}
+        for width, label in zip(WIDTHS, several, strict=True):
+            rates = [rate for task in SCALED if (rate := pooled(comparison, label, task)) is not None]
+            if rates:
+                points[float(width)] = SuccessRate(
+                    sum(one.successes for one in rates), sum(one.episodes for one in rates)
+                )
+        if points:
+            curves[algorithm] = points
+    success_curve(
+        curves,
+        HERE / "scale.png",
+        xlabel="neurons of a hidden layer",
+        title="Model size",
+        subtitle="QGF and RQL, small preset otherwise, " + " and ".join(task.split("/")[1] for task in SCALED),
+    )
+    return "\n".join(table(comparison, [label for several in labels.values() for label in several]))
 
 
 def report_parity() -> str:

@@ -16,7 +16,7 @@ from rich.markup import escape
 from counterflow import cli_dataset, cli_lerobot
 from counterflow.cli_cockpit import Cockpit
 from counterflow.cli_demonstrate import Demonstrate
-from counterflow.cli_options import Asking, GuidedName, Guiding, LearnedName, Steering, SteerName
+from counterflow.cli_options import Asking, GuidedName, Guiding, LearnedName, Steering, SteerName, load_learned
 from counterflow.cli_serve import Serve
 from counterflow.errors import CounterflowError, InvalidInputError
 
@@ -136,13 +136,9 @@ class Eval:
         from counterflow.experiments.evaluate import evaluate, load_prior, open_env
         from counterflow.experiments.progress import progress_bar
         from counterflow.files import write_json
-        from counterflow.steering import ChunkRegressor, SteeringActor
 
         prior = load_prior(self.env, self.policy, self.device)
-        kind = SteeringActor if self.steer == "actor" else ChunkRegressor
-        learned = None if self.noise_policy is None else kind.load(self.noise_policy, self.device)
-        if learned is not None and self.steer not in ("dsbc", "bc", "actor"):
-            raise InvalidInputError(f"--noise-policy is of no use to --steer {self.steer}; did you mean --steer dsbc?")
+        learned = load_learned(self.steer, self.noise_policy, self.device)
         critic = self.guiding.load(self.policy, self.device, needed=self.steer == "qgf")
         reasoner = self.reasoning.settings()
         with (
@@ -176,7 +172,7 @@ class Record:
     """The task, for example ogbench/cube-single-task4."""
     out: Path
     """The dataset's folder; made, or added to."""
-    steer: SteerName = "frs"
+    steer: SteerName | LearnedName = "frs"
     """How the policy is steered, as in 'counterflow eval'."""
     successes: int = 18
     """How many successful episodes there should be; failed ones are kept, too, and left out when distilling."""
@@ -193,6 +189,8 @@ class Record:
     one that gives it exactly."""
     policy: str | None = None
     """A checkpoint, a run folder, or lerobot: and a hub id or folder; default: the shipped prior of the task's family."""
+    noise_policy: Path | None = None
+    """What was learned, for --steer dsbc, bc or actor, as in 'counterflow eval'."""
     num_envs: int | None = None
     """Environments stepped side by side; what is recorded does not depend on it."""
     device: str = "cpu"
@@ -231,6 +229,7 @@ class Record:
                 max_episodes=self.max_episodes,
                 every_step=self.every_step,
                 inversion=self.inversion,
+                learned=load_learned(self.steer, self.noise_policy, self.device),
                 device=self.device,
                 on_episode=show,
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -11,9 +11,11 @@ import tyro
 from rich.console import Console
 
 from counterflow.cli_options import changed
+from counterflow.experiments.corrections import CorrectionsProgress, CorrectionsRun, train_corrections
 from counterflow.experiments.online import OnlineProgress, train_online
 from counterflow.experiments.online_settings import Config, OnlineRun, PresetName, online_preset
 from counterflow.experiments.progress import progress_bar
+from counterflow.learning.corrections import CorrectionsConfig
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,81 @@ class TrainRFS(OnlineOptions):
         self.train(console, "rfs", online_preset("rfs", self.preset), run=[f"ports={self.ports}", *bounds])
 
 
+@dataclass(frozen=True)
+class TrainCorrections:
+    """A residual learned from recorded corrections, without executing anything (offline RFS)."""
+
+    env: tyro.conf.Positional[str]
+    """The task, for example ogbench/cube-single-task4."""
+    data: Path
+    """A folder of episodes in which somebody intervened, for example RUN/rollouts of 'counterflow dagger'."""
+    out: Path | None = None
+    """The run's folder; default: runs/corrections-<task>."""
+    seed: int = 0
+    """The first seed; weights and draws descend from it."""
+    seeds: int = 1
+    """How many seeds to train side by side: seed, seed + 1, ..."""
+    steps: int | None = None
+    """Updates in all."""
+    residual_bound: tuple[float, ...] = ()
+    """The largest residual, units of the environment's actions: one number, or one a dimension."""
+    critic_sees: Literal["executed", "residual", "both"] = "executed"
+    """What critics look at: the executed action; the residual alone, or base and residual, are the ablations."""
+    anchor: Literal["residual", "executed"] = "residual"
+    """What is held near the recorded."""
+    first: int | None = None
+    """Use the first so many recorded episodes; default: all."""
+    evaluate_every: int | None = None
+    """Updates between two evaluations; default: one at the end."""
+    episodes: int | None = None
+    """Of an evaluation, each seed; 0: no evaluation."""
+    policy: str | None = None
+    """A checkpoint, a run folder, or lerobot: and a hub id or folder; default: the shipped prior of the task's family."""
+    set: tuple[str, ...] = ()
+    """Other settings of the algorithm to change, each NAME=VALUE, for example alpha=1."""
+    device: str = "cpu"
+    """Where to learn, for example cuda."""
+
+    def run(self, console: Console) -> None:
+        """Train, with progress."""
+        given = {name: getattr(self, name) for name in ("steps", "first", "evaluate_every", "episodes")}
+        settings = replace(CorrectionsRun(), **{name: value for name, value in given.items() if value is not None})
+        if self.residual_bound:
+            settings = replace(settings, residual_bound=self.residual_bound)
+        config = changed(CorrectionsConfig(critic_sees=self.critic_sees, anchor=self.anchor), self.set)
+        out = self.out or Path("runs") / f"corrections-{self.env.split('/')[-1]}"
+        seeds = range(self.seed, self.seed + self.seeds)
+        run_corrections(console, self.data, self.env, out, config, settings, seeds, self.policy, self.device)
+
+
+def run_corrections(
+    console: Console,
+    data: Path,
+    env: str,
+    out: Path,
+    config: CorrectionsConfig,
+    settings: CorrectionsRun,
+    seeds: Sequence[int],
+    policy: str | None,
+    device: str,
+) -> None:
+    """Train, with progress, and say where the actors lie."""
+    with progress_bar(console, f"corrections on {env}", settings.steps, "updates") as update:
+
+        def show(progress: CorrectionsProgress) -> None:
+            rates = " ".join(f"{100 * rate:.0f}" for _, rate in sorted(progress.success.items()))
+            update(progress.step, f"evaluation {rates} %" if rates else "")
+
+        trained = train_corrections(
+            data, env, out, config, settings, policy=policy, seeds=seeds, device=device, on_progress=show
+        )
+    if trained.steps_done == 0:
+        console.print("this run was finished before; nothing was left to do.")
+    base = "" if trained.base is None else f"; the frozen policy alone succeeds in {100 * trained.base:.0f} %"
+    console.print(f"{trained.decisions:,} recorded decisions{base}")
+    _say_actors(console, env, trained.folders, trained.success)
+
+
 def run_online(
     console: Console,
     algorithm: str,
@@ -169,8 +246,12 @@ def run_online(
         f"{told['environment_steps']:,} environment steps, {told['field_evaluations']:,} field evaluations, "
         f"{told['reasoner_queries']:,} questions to a reasoner, {told['seconds']:.0f} s"
     )
-    for seed, folder in trained.folders.items():
-        rate = f"  success {100 * trained.success[seed]:.0f} %" if seed in trained.success else ""
+    _say_actors(console, env, trained.folders, trained.success)
+
+
+def _say_actors(console: Console, env: str, folders: Mapping[int, Path], success: Mapping[int, float]) -> None:
+    for seed, folder in folders.items():
+        rate = f"  success {100 * success[seed]:.0f} %" if seed in success else ""
         console.print(f"  {folder}{rate}", soft_wrap=True)
     actor = folder / "checkpoints" / "actor.safetensors"
     if actor.exists():

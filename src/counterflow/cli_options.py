@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from counterflow.errors import InvalidInputError, UnknownNameError
 
 if TYPE_CHECKING:
     from counterflow.reasoners.vlm import VLMSettings
-    from counterflow.steering import ChunkCritic, GuidanceSettings, MethodSettings
+    from counterflow.steering import (
+        ChunkCritic,
+        ChunkRegressor,
+        GuidanceSettings,
+        MethodSettings,
+        SteeringActor,
+    )
 
 SteerName = Literal["base", "direct", "frs", "partial", "rank"]
 LearnedName = Literal["dsbc", "bc", "actor"]
@@ -182,3 +188,18 @@ class Asking:
             per_minute=self.vlm_per_minute,
             prompt=self.vlm_prompt,
         )
+
+
+def load_learned(steer: str, path: Path | None, device: str) -> ChunkRegressor | SteeringActor | None:
+    """Return what --noise-policy names, as --steer wants it; None where nothing is named.
+
+    Raises:
+        InvalidInputError: the method has no use for it.
+    """
+    from counterflow.steering import ChunkRegressor, SteeringActor
+
+    if path is None:
+        return None
+    if steer not in get_args(LearnedName):
+        raise InvalidInputError(f"--noise-policy is of no use to --steer {steer}; did you mean --steer dsbc?")
+    return SteeringActor.load(path, device) if steer == "actor" else ChunkRegressor.load(path, device)

@@ -10,9 +10,10 @@ import tyro
 from rich.console import Console
 
 from counterflow.cli_offline import TrainFQL, TrainIFQL, TrainQGF, TrainRQL, run_offline
-from counterflow.cli_online import TrainDSRL, TrainResidual, TrainRFS, run_online
+from counterflow.cli_online import TrainCorrections, TrainDSRL, TrainResidual, TrainRFS, run_corrections, run_online
 from counterflow.envs import family_of
 from counterflow.errors import InvalidInputError
+from counterflow.experiments.corrections import read_corrections_settings
 from counterflow.experiments.critic import train_critic
 from counterflow.experiments.distill import Windows, distill
 from counterflow.experiments.generalist import TRAINING, read_generalist_settings, train_generalist
@@ -116,6 +117,21 @@ class TrainResume:
             out, seeds = self.out or self.run_folder, about["seeds"]
             sources = prefill, noise, about["policy"]
             run_online(console, str(algorithm), about["env"], out, online, run, seeds, *sources, self.device)
+            return
+        if algorithm == "corrections":
+            about, corrections, settled = read_corrections_settings(self.run_folder)
+            out, data = self.out or self.run_folder, Path(about["data"])
+            run_corrections(
+                console,
+                data,
+                about["env"],
+                out,
+                corrections,
+                settled,
+                about["seeds"],
+                about["policy"],
+                self.device,
+            )
             return
         if algorithm == "generalist":
             folder, tasks, seed, architecture, config = read_generalist_settings(self.run_folder)
@@ -233,6 +249,7 @@ TrainCommand = (
     | Annotated[TrainDSRL, tyro.conf.subcommand("dsrl")]
     | Annotated[TrainResidual, tyro.conf.subcommand("residual")]
     | Annotated[TrainRFS, tyro.conf.subcommand("rfs")]
+    | Annotated[TrainCorrections, tyro.conf.subcommand("corrections")]
     | Annotated[TrainGeneralist, tyro.conf.subcommand("generalist")]
     | Annotated[TrainResume, tyro.conf.subcommand("resume")]
 )

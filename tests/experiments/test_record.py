@@ -21,7 +21,7 @@ from counterflow.experiments.rollout import run_episodes
 from counterflow.flow import denoise
 from counterflow.policies import ActionSpec, FieldPolicy, bind, load
 from counterflow.random import child_seed
-from counterflow.steering import MethodSettings, binding_of
+from counterflow.steering import ActorConfig, MethodSettings, SteeringActor, SteeringSpace, binding_of
 
 TASK = "ogbench/cube-single-task1"
 
@@ -88,6 +88,19 @@ def redenoised(observations: Any, noise: Any, steps: int) -> Any:
     with torch.no_grad():
         context = prior.encode(torch.from_numpy(observations))
         return denoise(bind(prior, context), torch.from_numpy(noise), steps).clamp(-1, 1).numpy()
+
+
+def actor_of(ports: Any) -> SteeringActor:
+    """An actor that always says 0.3 before it is squashed."""
+    prior = load("cube-single")
+    space = SteeringSpace(prior, ports, steps=10, residual_bound=0.2)
+    config = ActorConfig("squashed", ports, 1.5, residual_bound=(0.2,) * 5, hidden=(4,))
+    made = SteeringActor(config, space.encode(torch.zeros(1, 28))[1].shape[1], space.size, binding_of(prior, 10))
+    with torch.no_grad():
+        for parameter in made.network.parameters():
+            parameter.zero_()
+        made.network.biases[-1][..., : space.size] = 0.3
+    return made.eval()
 
 
 class TestContent:
@@ -242,6 +255,32 @@ class TestMethods:
         assert np.median(misses) < 1e-3
         if method == "direct":
             np.testing.assert_allclose(arrays["chunks"][..., :3], arrays["references"][..., :3], atol=1e-6)
+
+    @pytest.mark.parametrize("ports", ["latent", "residual", "both"])
+    def test_latent_base_and_what_was_executed_of_an_actor(self, ports: Any, short: None, tmp_path: Path) -> None:
+        """RFS's record: the latent, what the base makes of it, and what was executed on top."""
+        (episode,) = failed(tmp_path / "actor", "actor", learned=actor_of(ports), every_step=False)
+        arrays = episode.arrays
+        assert not arrays["intervened"].any()
+        assert not arrays["start_time"].any()
+        np.testing.assert_allclose(redenoised(arrays["observations"], arrays["noise"], 10), arrays["chunks"], atol=0.02)
+        if ports == "latent":
+            assert "base_chunks" not in arrays
+            assert np.abs(arrays["noise"] - 1.5 * np.tanh(0.3)).max() < 1e-5
+            return
+        base = redenoised(arrays["observations"], arrays["base_noise"], 10)
+        np.testing.assert_allclose(base, arrays["base_chunks"], atol=1e-4)
+        wanted = np.clip(base + 0.2 * np.tanh(0.3), -1, 1)
+        np.testing.assert_allclose(arrays["chunks"], wanted, atol=1e-4)
+        dataset = SteeringDataset.load(tmp_path / "actor")
+        assert next(iter(dataset.sources.values()))["learned"] == actor_of(ports).fingerprint
+
+    def test_what_is_learned_is_needed_and_must_fit(self, short: None, tmp_path: Path) -> None:
+        with pytest.raises(InvalidInputError, match="needs an actor"):
+            make(tmp_path / "none", "actor")
+        with pytest.raises(MismatchError, match="use 'actor'"):
+            make(tmp_path / "other", "frs", learned=actor_of("latent"))
+        assert not list(tmp_path.iterdir())
 
     def test_without_every_step(self, patched: None, tmp_path: Path) -> None:
         made = make(tmp_path, every_step=False, successes=1, max_episodes=1)

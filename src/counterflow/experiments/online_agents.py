@@ -18,7 +18,7 @@ from counterflow.experiments.online_settings import OnlineRun
 from counterflow.experiments.steering_env import SteeredRows, Step
 from counterflow.flow import denoise
 from counterflow.learning.dsrl import AliasingLearner, AnchorsLearner, DSRLConfig, DSRLLearner
-from counterflow.learning.residual import ResidualConfig, ResidualLearner
+from counterflow.learning.residual import Compose, ResidualConfig, ResidualLearner
 from counterflow.learning.rfs import RFSConfig, RFSLearner, Rollout
 from counterflow.learning.sac import ActionSizes, SACLearner
 from counterflow.policies import BasePolicy, bind
@@ -132,14 +132,8 @@ class OffPolicyAgent(Agent):
     def _learner(self, sizes: ActionSizes) -> SACLearner[Any]:
         space, config = self.space, self.config
         if isinstance(config, ResidualConfig):
-            spec = space.policy.action_spec
-            shape = (spec.horizon, spec.state_dim)
-
-            def compose(base: Tensor, residual: Tensor) -> Tensor:
-                made = space.compose(base.unflatten(1, shape), residual.unflatten(1, (space.executed, spec.dim)))
-                return spec.normalise(made)[..., : spec.dim].flatten(1)
-
-            return ResidualLearner(sizes, config, self.seeds, self.device, base=shape[0] * shape[1], compose=compose)
+            base, compose = composing(space)
+            return ResidualLearner(sizes, config, self.seeds, self.device, base=base, compose=compose)
         if config.variant == "anchors":
             return AnchorsLearner(sizes, config, self.seeds, self.device)
         if config.variant == "aliasing":
@@ -297,7 +291,7 @@ class OffPolicyAgent(Agent):
         """Return a seed's actor; anchors have none."""
         if "actor" not in self.learner.networks:
             return None
-        return _actor_of(self.space, self.learner.networks["actor"].part(index, 1), "squashed")
+        return actor_of(self.space, self.learner.networks["actor"].part(index, 1), "squashed")
 
     def state(self) -> dict[str, Tensor]:
         """Return everything that going on needs."""
@@ -383,7 +377,7 @@ class RFSAgent(Agent):
 
     def actor(self, index: int) -> SteeringActor:
         """Return a seed's actor."""
-        actor = _actor_of(self.space, self.learner.policy.part(index, 1), "gaussian")
+        actor = actor_of(self.space, self.learner.policy.part(index, 1), "gaussian")
         actor.log_std.copy_(self.learner.log_std.detach()[index, 0])
         return actor
 
@@ -396,7 +390,20 @@ class RFSAgent(Agent):
         self.learner.restore(under("learner.", state))
 
 
-def _actor_of(space: SteeringSpace, network: Any, law: Literal["squashed", "gaussian"]) -> SteeringActor:
+def composing(space: SteeringSpace) -> tuple[int, Compose]:
+    """Return how many numbers a base's chunk has, and how base and residual become what is executed."""
+    spec = space.policy.action_spec
+    shape = (spec.horizon, spec.state_dim)
+
+    def compose(base: Tensor, residual: Tensor) -> Tensor:
+        made = space.compose(base.unflatten(1, shape), residual.unflatten(1, (space.executed, spec.dim)))
+        return spec.normalise(made)[..., : spec.dim].flatten(1)
+
+    return shape[0] * shape[1], compose
+
+
+def actor_of(space: SteeringSpace, network: Any, law: Literal["squashed", "gaussian"]) -> SteeringActor:
+    """Return one seed's network as the actor that steers."""
     spec = space.policy.action_spec
     given = space.residual_bound
     bounds = (float(given),) * spec.dim if isinstance(given, int | float) else tuple(float(one) for one in given)

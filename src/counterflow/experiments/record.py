@@ -15,12 +15,19 @@ from torch import Tensor
 from counterflow.binding import Binding
 from counterflow.data import EpisodeDataset, SteeringDataset, SteeringEpisode
 from counterflow.errors import DatasetError, InvalidInputError
-from counterflow.experiments.evaluate import ReasonerSettings, check_episodes, load_prior, open_env, own_settings
+from counterflow.experiments.evaluate import (
+    ReasonerSettings,
+    check_episodes,
+    load_prior,
+    open_env,
+    own_settings,
+    steered_by,
+)
 from counterflow.experiments.inversion import InversionSettings, add_noises, invert_chunks
 from counterflow.experiments.rollout import Decision, Episode, run_episodes
 from counterflow.policies import BasePolicy
 from counterflow.random import check_seed, child_seed
-from counterflow.steering import MethodSettings, binding_of, steer
+from counterflow.steering import ChunkRegressor, MethodSettings, SteeringActor, binding_of
 
 SMALLEST_WAVE = 8  # episodes; fewer would leave the environments idle
 
@@ -57,6 +64,7 @@ def record(
     max_episodes: int | None = None,
     every_step: bool = True,
     inversion: Literal["regularised", "exact"] = "regularised",
+    learned: ChunkRegressor | SteeringActor | None = None,
     device: str = "cpu",
     on_episode: Callable[[Episode, int], None] | None = None,
 ) -> Recorded:
@@ -64,12 +72,13 @@ def record(
 
     Which episodes are recorded depends on the arguments alone, not on the number of environments or on interruptions. Every
     episode is on disk as soon as it is over. The noise that is kept with each chunk gives that chunk when it is denoised: for
-    "frs", "base" and "rank" it is the one that was used; for "direct" and "partial", whose chunks did not come from a noise
-    at t = 0, it is found by exact inversion.
+    "frs", "base", "rank", "dsbc" and an actor of latents it is the one that was used; for the others, whose chunks did not come
+    from a noise at t = 0 or were edited, it is found by exact inversion. Where a chunk was edited, `base_noise` and `base_chunks`
+    hold where the flow started and what it gave.
 
     Args:
         env: the task.
-        method: "frs", "direct", "partial", "rank" or "base".
+        method: "frs", "direct", "partial", "rank" or "base"; with `learned`, "dsbc", "bc" or "actor".
         out: the dataset's folder; made, or added to.
         successes: how many successful episodes there should be.
         episodes: record so many episodes instead, whatever comes of them (as a critic wants them).
@@ -82,6 +91,7 @@ def record(
         every_step: also find, for successful episodes, the noise of the actions that were executed from every step on: as
             many more examples as a chunk has actions, for one inversion an episode.
         inversion: how that noise is found (`InversionSettings`).
+        learned: the noise policy of "dsbc", the action policy of "bc", or the actor of "actor".
         device: where the policy computes.
         on_episode: called with each finished episode and the number of successes so far.
 
@@ -101,8 +111,9 @@ def record(
     settings = MethodSettings() if settings is None else settings
     reasoner = ReasonerSettings() if reasoner is None else reasoner
     prior = load_prior(env, policy, device)
-    steered = steer(prior, method, settings)
-    has_noise = method in ("frs", "base", "rank")
+    steered = steered_by(prior, method, settings, learned)
+    has_noise = method in ("frs", "base", "rank") or (learned is not None and not steered.edits)
+    asks = learned is None and method != "base"
     binding = binding_of(prior, steered.steps if has_noise else settings.steps, steered.solver)
     of_steps = InversionSettings.of(inversion, binding.steps)
     provenance = {
@@ -110,11 +121,13 @@ def record(
         "env": env,
         "method": method,
         "settings": own_settings(method, settings),
-        "reasoner": None if method == "base" else reasoner.to_json(),
+        "reasoner": reasoner.to_json() if asks else None,
         "every_step": asdict(of_steps) if every_step else None,
         "seed": check_seed(seed),
         "policy": binding.policy,
     }
+    if learned is not None:
+        provenance |= {"learned": learned.fingerprint}
     spec = prior.action_spec
     if spec.past or spec.executed is not None:  # noted only there, so that recordings made before go on
         provenance |= {"past": spec.past, "executed": spec.executed}
@@ -155,9 +168,7 @@ def record(
                         on_episode(episode, sum(outcomes.values()))
                     episode.decisions.clear()
 
-                drawn: dict[str, Any] = (
-                    {} if reasoner.render is None or method == "base" else {"render": reasoner.render}
-                )
+                drawn: dict[str, Any] = {"render": reasoner.render} if asks and reasoner.render is not None else {}
                 vector = (
                     open_env(env, max(episodes or successes, SMALLEST_WAVE), num_envs=num_envs, **drawn)
                     if vector is None
@@ -167,7 +178,7 @@ def record(
                     steered,
                     vector,
                     list(missing),
-                    None if method == "base" else reasoner.maker(env),
+                    reasoner.maker(env) if asks else None,
                     convention=reasoner.writing(),
                     record=True,
                     on_episode=keep,

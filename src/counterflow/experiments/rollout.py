@@ -268,6 +268,8 @@ def decision_of(
         step_observations=np.concatenate([observation[None], batch.paths[row][:-1]]),
         step_actions=_array(plan.actions[row, :steps]),
         rewards=batch.rewards[row, :steps].astype(np.float32),
+        base_noise=None if plan.base_chunk is None else _array(plan.noise[row]),
+        base_chunk=None if plan.base_chunk is None else _array(plan.base_chunk[row]),
     )
 
 

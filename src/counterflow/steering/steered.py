@@ -55,6 +55,8 @@ class Plan:
             over the chunk, translation only where the layout is known); NaN where nobody spoke.
         evaluations: how often each observation's field was evaluated.
         features: (B, F) the frozen policy's own features of the observations, or None if it offers none.
+        base_chunk: (B, H, A + padding) what the flow gave before it was edited, within the action limits, normalised; None
+            where nothing is edited.
     """
 
     actions: Tensor
@@ -67,6 +69,7 @@ class Plan:
     agreement: Tensor
     evaluations: int
     features: Tensor | None = None
+    base_chunk: Tensor | None = None
 
 
 class _Counted:
@@ -180,6 +183,11 @@ class SteeredPolicy:
         own = 1 if self.edit is None else self.edit.candidates
         return max(own, self.base.candidates) if isinstance(self.base, SteeredPolicy) else own
 
+    @property
+    def edits(self) -> bool:
+        """Whether anything is done to the flow's result."""
+        return self.edit is not None or (isinstance(self.base, SteeredPolicy) and self.base.edits)
+
     def finish(self, chunks: Tensor, context: SteeringContext) -> Tensor:
         """Apply the edits, the base's first: (B, N, H, A) to (B, M, H, A)."""
         if isinstance(self.base, SteeredPolicy):
@@ -227,6 +235,7 @@ class SteeredPolicy:
 
         spec = self.action_spec
         actions = spec.limit(spec.denormalise(chunk))
+        base = spec.normalise(spec.limit(spec.denormalise(candidates[rows, kept]))) if self.edits else None
         plan = Plan(
             actions=actions[:, spec.past :],
             chunk=spec.normalise(actions),
@@ -238,6 +247,7 @@ class SteeredPolicy:
             agreement=chunk.new_empty(0),
             evaluations=counter.evaluations * copies,
             features=features_of(self, context) if hasattr(frozen(self), "features") else None,
+            base_chunk=base,
         )
         return _with_diagnostics(plan, self.action_spec)
 

@@ -1,0 +1,160 @@
+"""Offline RFS as a run: corrections are learned, evaluated beside the frozen policy, and gone on with after a kill."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import counterflow.experiments.corrections as module
+from counterflow.data import SteeringDataset, SteeringEpisode
+from counterflow.envs import VectorEnv
+from counterflow.errors import DatasetError, InvalidInputError, TrainingError, UnknownNameError
+from counterflow.experiments.corrections import (
+    CorrectionsRun,
+    CorrectionsTrained,
+    read_corrections_settings,
+    train_corrections,
+)
+from counterflow.experiments.record import arrays_of
+from counterflow.experiments.rollout import Episode, run_episodes
+from counterflow.learning.corrections import CorrectionsConfig
+from counterflow.policies import FlowPolicy
+from counterflow.steering import SteeredPolicy, SteeringActor, SteeringContext, binding_of
+
+CONFIG = CorrectionsConfig(
+    width=16, depth=1, batch_size=32, learning_rate=3e-3, actor_learning_rate=3e-3, compile=False, alpha=0.0
+)
+RUN = CorrectionsRun(steps=300, residual_bound=(1.0,), episodes=10, checkpoint_every=100)
+
+
+class Towards:
+    """An edit: whatever the base does, go to the corner."""
+
+    candidates = 1
+
+    def __call__(self, chunks: torch.Tensor, context: SteeringContext) -> torch.Tensor:
+        return torch.full_like(chunks, 0.8)
+
+
+@pytest.fixture
+def world(plane: Callable[..., VectorEnv], prior: FlowPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "open_env", lambda name, rows: plane(rows))
+    monkeypatch.setattr(module, "load_prior", lambda env, policy, device: prior)
+
+
+@pytest.fixture
+def data(plane: Callable[..., VectorEnv], prior: FlowPolicy, tmp_path: Path) -> Path:
+    """Episodes in which somebody had the arm from the first decision to the last."""
+
+    def arrays(episode: Episode) -> dict[str, Any]:
+        found = arrays_of(episode.decisions)
+        with torch.no_grad():
+            base = SteeredPolicy(prior, steps=3).act(found["observations"]).chunk.numpy()
+        found["intervened"] = np.ones(len(found["executed"]), bool)
+        return found | {"base_chunks": base.astype(np.float32), "start_time": np.zeros_like(found["start_time"])}
+
+    with SteeringDataset.create_or_open(tmp_path / "data", binding_of(prior, 3)) as dataset:
+        source = dataset.add_source({"method": "by hand"})
+        found = run_episodes(SteeredPolicy(prior, edit=Towards(), steps=3), plane(4), list(range(20)), record=True)
+        for index, one in enumerate(found):
+            dataset.append(SteeringEpisode("plane", one.seed, index, one.success, source, arrays(one)))
+    return tmp_path / "data"
+
+
+def train(data: Path, out: Path, settings: CorrectionsRun = RUN, **changes: Any) -> CorrectionsTrained:
+    return train_corrections(data, "plane", out, **{"config": CONFIG, "settings": settings, "seeds": (0, 1), **changes})
+
+
+def test_what_was_corrected_is_done(world: None, data: Path, tmp_path: Path, prior: FlowPolicy) -> None:
+    before = prior.fingerprint
+    done = train(data, tmp_path / "run")
+    assert prior.fingerprint == before
+    assert done.base is not None
+    assert done.base < 0.5
+    assert min(done.success.values()) >= 0.6
+    assert done.decisions > 20
+    actor = SteeringActor.load(done.folders[1] / "checkpoints" / "actor.safetensors")
+    assert actor.provenance["updates"] == 300
+    curves = json.loads((tmp_path / "run" / "results.json").read_text())["curves"]
+    assert curves["base"][-1]["success_rate"] == done.base
+    assert curves["seed-1"][-1] == {"step": 300, "success_rate": done.success[1], "episodes": 10}
+
+
+def test_a_run_that_was_killed_goes_on_with_the_same_numbers(
+    world: None, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(data, tmp_path / "whole")
+    seen: list[int] = []
+
+    def stop(progress: Any) -> None:
+        seen.append(progress.step)
+        if progress.step == 200:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(data, tmp_path / "killed", on_progress=stop)
+    done = train(data, tmp_path / "killed")
+    assert seen == [100, 200]
+    assert done.steps_done == 100
+    for seed in (0, 1):
+        actors = [SteeringActor.load(one.folders[seed] / "checkpoints" / "actor.safetensors") for one in (whole, done)]
+        for name, tensor in actors[0].state_dict().items():
+            torch.testing.assert_close(tensor, actors[1].state_dict()[name], rtol=0, atol=0)
+    again = train(data, tmp_path / "killed")
+    assert (again.steps_done, again.success, again.base) == (0, done.success, done.base)
+
+
+def test_weights_that_are_no_numbers_stop_the_run(
+    world: None, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(data, tmp_path / "run", replace(RUN, steps=100, episodes=0))
+    place = tmp_path / "run" / "seed-0" / "checkpoints" / "actor.safetensors"
+    kept = place.read_bytes()
+    update = module.CorrectionsLearner.update
+
+    def broken(self: Any, *arguments: Any) -> Any:
+        numbers = update(self, *arguments)
+        with torch.no_grad():
+            self.networks["actor"].weights[0].fill_(float("nan"))
+        return numbers
+
+    monkeypatch.setattr(module.CorrectionsLearner, "update", broken)
+    with pytest.raises(TrainingError, match=r"not finite after update 100.*is safe"):
+        train(data, tmp_path / "other", replace(RUN, steps=200, episodes=0))
+    assert not (tmp_path / "other" / "seed-0").exists()
+    assert place.read_bytes() == kept
+
+
+def test_settings_are_read_back_and_other_ones_refused(world: None, data: Path, tmp_path: Path) -> None:
+    settings = replace(RUN, steps=100, episodes=0)
+    train(data, tmp_path / "run", settings)
+    about, config, run = read_corrections_settings(tmp_path / "run")
+    assert (about["env"], about["seeds"], about["data"]) == ("plane", [0, 1], str(data))
+    assert (config, run) == (CONFIG, settings)
+    with pytest.raises(TrainingError, match="other settings"):
+        train(data, tmp_path / "run", replace(settings, steps=200))
+    with pytest.raises(TrainingError):
+        read_corrections_settings(tmp_path)
+
+
+def test_nobody_intervened_or_it_is_another_task(world: None, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="elsewhere"):
+        train_corrections(data, "elsewhere", tmp_path / "run", CONFIG, RUN)
+    with pytest.raises(DatasetError):
+        train(tmp_path / "nothing", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"steps": 0}, {"residual_bound": ()}, {"residual_bound": (0.0,)}, {"bound": -1.0}, {"episodes": -1}]
+)
+def test_settings_out_of_range_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInputError):
+        CorrectionsRun(**changes)
