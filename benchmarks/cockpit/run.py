@@ -6,12 +6,15 @@
 connects as a page does, and measures pictures a second while a key is held, and the time from a key's report to the first
 picture in which that key has moved the robot. *person* drives through the page's own messages: coarse directions, one in ten
 wrong, until ten episodes have succeeded; distils them; and evaluates base, steered and distilled. Results go to `results.json`
-and the README's tables. `--only-report` leaves out the measuring.
+and the README's tables. `--only-report` leaves out the measuring. *vlm* runs `eval`'s own code with a VLM as the reasoner: the
+endpoint is the tests' stand-in, a real HTTP server that answers what the scripted reasoner would say and fails at every tenth
+question in one of five ways; it is compared with the scripted reasoner itself.
 """
 
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import os
 import re
@@ -27,12 +30,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import numpy as np
 import tyro
 from rich.console import Console
 from websockets.sync.client import ClientConnection, connect
 
+import counterflow.experiments.rollout as rollout
 from counterflow.cockpit.driver import Driver
 from counterflow.cockpit.server import Cockpit, CockpitSettings, make_server, unpack_frame
 from counterflow.cockpit.session import Session, SessionSettings
@@ -41,18 +46,21 @@ from counterflow.experiments.distill import distill
 from counterflow.experiments.evaluate import ReasonerSettings, evaluate, load_prior, machine, open_env
 from counterflow.files import write_json
 from counterflow.reasoners import UnreliableReasoner, scripted_reasoner
+from counterflow.reasoners.vlm import VLMSettings
+from counterflow.reasoners.words import OGBENCH_WAYS
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results.json", HERE / "README.md"
 BEGIN, END = "<!-- table: written by benchmarks/cockpit/run.py -->", "<!-- /table -->"
 ERROR = 0.1
+VLM_ENV, VLM_EPISODES, EVERY = "ogbench/cube-single-task1", 20, 10
 
 
 @dataclass(frozen=True)
 class Arguments:
     """Run the cockpit's benchmark."""
 
-    stages: tuple[Literal["speed", "person"], ...] = ("speed", "person")
+    stages: tuple[Literal["speed", "person", "vlm"], ...] = ("speed", "person", "vlm")
     """What to measure."""
     env: str = "ogbench/cube-single-task4"
     """The task."""
@@ -254,6 +262,72 @@ def measure_person(arguments: Arguments) -> dict[str, Any]:
     return {"env": arguments.env, **driven, "training_seconds": round(seconds, 1), "rates": rates}
 
 
+def load_stand_in() -> Any:
+    """Return the module of the endpoint that stands in, which is part of the tests."""
+    spec = importlib.util.spec_from_file_location("stand_in", HERE.parents[1] / "tests/reasoners/stand_in.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["stand_in"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def measure_vlm() -> dict[str, Any]:
+    """Evaluate with a VLM whose endpoint fails, and with the scripted reasoner that answers behind it."""
+    module = load_stand_in()
+    faults = {
+        "HTTP 429": module.Fault(429, {"Retry-After": "0"}),
+        "HTTP 500": module.Fault(500),
+        "no answer": module.Fault(hang=True),
+        "malformed JSON": module.Fault(text='{"direction": '),
+        "nonsense direction": module.Fault(text='{"direction": "sideways-ish", "gripper": "open"}'),
+    }
+    names = {axes: name for name, axes in OGBENCH_WAYS.items()}
+    script, seen = scripted_reasoner(VLM_ENV), dict[str, Any]()
+    injected = dict.fromkeys(faults, 0)
+    shown = rollout.seen_by
+
+    def stash(*given: Any) -> Any:
+        seen.clear()
+        seen.update(shown(*given))
+        return seen
+
+    prior = load_prior(VLM_ENV)
+    with tempfile.TemporaryDirectory() as folder, module.stand_in() as server:
+
+        def answer(_: Any) -> str:
+            direction = script.decide(seen)
+            if len(server.requests) % EVERY == 0:
+                name = [*faults][len(server.requests) // EVERY % len(faults)]
+                injected[name] += 1
+                server.faults.append(faults[name])
+            return json.dumps({"direction": names.get(direction.axes, "stay"), "gripper": direction.gripper})
+
+        server.answer = answer
+        settings = VLMSettings("stand-in", server.url, timeout=2.0, back_off=0.05, cache=False)
+        reasoner = ReasonerSettings(vlm=settings, vlm_folder=Path(folder))
+        # The stand-in looks at what the reasoner is shown, not at the picture.
+        with (
+            patch.object(rollout, "seen_by", stash),
+            open_env(VLM_ENV, VLM_EPISODES, num_envs=1, render=reasoner.render) as env,
+        ):
+            asked = evaluate(env, prior, "frs", VLM_EPISODES, 0, reasoner=reasoner)
+        entries = [json.loads(line) for line in (Path(folder) / "queries.jsonl").read_text().splitlines()]
+    with open_env(VLM_ENV, VLM_EPISODES) as env:
+        scripted = evaluate(env, prior, "frs", VLM_EPISODES, 0)
+    return {
+        "env": VLM_ENV,
+        "episodes": VLM_EPISODES,
+        "queries": len(entries),
+        "injected": injected,
+        "logged": sum(len(entry["faults"]) for entry in entries),
+        "fallbacks": sum(entry["fallback"] is not None for entry in entries),
+        "asked": asked.rate.to_json(),
+        "scripted": scripted.rate.to_json(),
+    }
+
+
 def tables(results: dict[str, Any]) -> str:
     """Return the README's tables."""
     lines = []
@@ -282,6 +356,21 @@ def tables(results: dict[str, Any]) -> str:
             f"{person['env']}: {person['successes']} successes in {person['episodes']} episodes and {person['key_presses']} key "
             f"presses, one in ten wrong; trained in {person['training_seconds']:.0f} seconds.",
         ]
+    if "vlm" in results:
+        vlm = results["vlm"]
+        lines += ["", "| reasoner | success, % (95% interval) |", "| --- | ---: |"]
+        for name, rate in (("VLM's endpoint, failing", vlm["asked"]), ("the script behind it", vlm["scripted"])):
+            low, high = rate["ci95"]
+            lines.append(
+                f"| {name} | {100 * rate['successes'] / rate['episodes']:.0f} ({100 * low:.0f}-{100 * high:.0f}) |"
+            )
+        injected = ", ".join(f"{name} {count}" for name, count in vlm["injected"].items())
+        lines += [
+            "",
+            f"{vlm['env']}, FRS, {vlm['episodes']} episodes, {vlm['queries']} queries. Faults injected: {injected} "
+            f"({sum(vlm['injected'].values())} in all); faults in the log: {vlm['logged']}; queries that ended in the fallback "
+            f"(defer to the policy): {vlm['fallbacks']}.",
+        ]
     return "\n".join(lines)
 
 
@@ -296,6 +385,9 @@ def main(arguments: Arguments) -> None:
             write_json(RESULTS, results)
         if "person" in arguments.stages:
             results["person"] = measure_person(arguments)
+            write_json(RESULTS, results)
+        if "vlm" in arguments.stages:
+            results["vlm"] = measure_vlm()
             write_json(RESULTS, results)
     table = tables(results)
     text = README.read_text()

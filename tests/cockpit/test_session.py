@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ from PIL import Image
 
 from counterflow.cockpit.session import METHODS, Here, Session, SessionSettings
 from counterflow.data import SteeringDataset
-from counterflow.errors import InvalidInputError, MismatchError, UnknownNameError, WorkerError
+from counterflow.errors import InvalidInputError, MismatchError, ReasonerError, UnknownNameError, WorkerError
 from counterflow.flow import denoise
 from counterflow.policies import bind
+from counterflow.reasoners import Direction
 from counterflow.steering import ChunkRegressor, binding_of
 
 MakeSession = Callable[..., Session]
@@ -303,6 +306,103 @@ def test_nothing_moves_when_the_driver_went_while_a_reasoner_thought(make_sessio
     assert session.is_moving
     assert not session.advance(5.0)
     assert session._episode.steps == 0
+
+
+class Slow:
+    """A reasoner that looks, and answers when it is let."""
+
+    looks = True
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.let = threading.Event()
+        self.fails = False
+
+    def reset(self, seed: int) -> None: ...
+
+    def decide(self, view: Any) -> Direction:
+        assert any(name.startswith("image/") for name in view)
+        self.asked += 1
+        assert self.let.wait(20)
+        if self.fails:
+            raise ReasonerError("the endpoint refuses.")
+        return Direction((0, 0, 1), 1.0, "open")
+
+
+class TestASlowPilot:
+    @pytest.fixture
+    def driven(
+        self, make_session: MakeSession, monkeypatch: pytest.MonkeyPatch
+    ) -> Iterator[tuple[Session, list[Slow]]]:
+        session, made = make_session(stale_after=60.0), list[Slow]()
+
+        def slow(_: str) -> Slow:
+            made.append(Slow())
+            return made[-1]
+
+        with ThreadPoolExecutor(1) as pool:
+            monkeypatch.setattr(session, "_background", pool)
+            session._reasoners["vlm"] = slow
+            session.choose(pilot="vlm")
+            session.resume()
+            session.control.report([], 0.0)
+            yield session, made
+            for one in made:
+                one.let.set()
+
+    def settle(self, session: Session) -> None:
+        """Wait for the answer, and take it in."""
+        assert session._question is not None
+        session._question[0].exception(20)
+        session.control.report([], 0.0)
+        session.advance(0.0)
+
+    def test_is_waited_for_without_standing_in_the_way(self, driven: Any) -> None:
+        session, (slow,) = driven
+        for _ in range(3):
+            assert not session.advance(0.0)
+        assert slow.asked == 1
+        assert session.describe()["thinking"]
+        assert not session.is_moving
+        slow.let.set()
+        self.settle(session)
+        assert session.is_moving
+        assert not session.describe()["thinking"]
+
+    def test_keys_count_meanwhile_and_what_was_asked_before_is_asked_again(self, driven: Any) -> None:
+        session, (slow,) = driven
+        session.advance(0.0)
+        hold(session, "up", actions=5)
+        assert session._episode.steps == 5
+        slow.let.set()
+        self.settle(session)
+        if session._question is not None:
+            session._question[0].result(20)
+        assert slow.asked == 2
+
+    def test_an_answer_to_an_earlier_episode_is_nobodys(self, driven: Any) -> None:
+        session, made = driven
+        session.advance(0.0)
+        session.begin()
+        assert len(made) == 2
+        assert session._question is None
+        made[0].let.set()
+        session.control.report([], 0.0)
+        session.advance(0.0)
+        assert not session.is_moving
+        made[1].let.set()
+        self.settle(session)
+        assert session.is_moving
+        assert (made[0].asked, made[1].asked) == (1, 1)
+
+    def test_what_it_fails_with_pauses(self, driven: Any) -> None:
+        session, (slow,) = driven
+        slow.fails = True
+        session.advance(0.0)
+        slow.let.set()
+        self.settle(session)
+        assert session.state == "paused"
+        assert "refuses" in session.reason
 
 
 def test_training_without_successes_says_so(make_session: MakeSession) -> None:

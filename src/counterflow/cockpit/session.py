@@ -271,6 +271,7 @@ class Session:
         self.env_name = settings.env
         self._env: VectorEnv | None = None
         self._reasoner: Reasoner | None = None
+        self._question: tuple[Future[Direction], int] | None = None  # what the pilot is asked, and at which step it was
         self._chunk: _Chunk | None = None
         self._open()
         self._count_recordings()
@@ -390,6 +391,7 @@ class Session:
         """
         if pilot not in ("", "policy", *self._reasoners):
             raise UnknownNameError("pilot", pilot, ("policy", *self._reasoners))
+        self._question = None
         self._reasoner = self._reasoners[pilot](self.env_name) if pilot in self._reasoners else None
         self.pilot = pilot or None
         self.control.pilot = self.pilot is not None
@@ -453,7 +455,10 @@ class Session:
                 wish = self.control.wish(now)
                 if wish is None:
                     return False
-                self._chunk = self._decide(wish)
+                direction = self._ask() if wish.direction is None else wish.direction
+                if direction is None:
+                    return False  # the pilot is still thinking; whoever drives is heard meanwhile
+                self._chunk = self._decide(wish, direction)
                 if wish.kind == "pilot" and self._reasoner is not None:
                     return False  # that may have taken long: first hear whether it is still wanted
             self._execute(self._chunk)
@@ -465,14 +470,26 @@ class Session:
             self.pause(str(error))
         return True
 
-    def _decide(self, wish: Wish) -> _Chunk:
-        direction = wish.direction
-        if direction is None:
-            direction = (
-                Direction(defer=True)
-                if self._reasoner is None
-                else self._reasoner.decide(seen_by(self._reasoner, self._require_env(), self._batch, 0))
-            )
+    def _ask(self) -> Direction | None:
+        """Return what the pilot says, or None while one that looks at pictures, and may take seconds, is thinking."""
+        reasoner = self._reasoner
+        if reasoner is None:
+            return Direction(defer=True)
+        if not getattr(reasoner, "looks", False):
+            return reasoner.decide(seen_by(reasoner, self._require_env(), self._batch, 0))
+        if self._question is not None and self._question[0].done():
+            (answer, step), self._question = self._question, None
+            if step == self._episode.steps:
+                return answer.result()
+            answer.exception()  # the robot has moved since it was asked: whatever it was, it is nobody's
+        if self._question is None:
+            view = seen_by(reasoner, self._require_env(), self._batch, 0)
+            self._question = (self._background.submit(reasoner.decide, view), self._episode.steps)
+            if self._question[0].done():
+                return self._ask()
+        return None
+
+    def _decide(self, wish: Wish, direction: Direction) -> _Chunk:
         before = self._batch.observation
         self._seen.append(before[0])
         speaks = not direction.defer
@@ -691,6 +708,7 @@ class Session:
             "gripper": self.control.gripper,
             "pilot": self.pilot or "",
             "pilots": ["policy", *self._reasoners],
+            "thinking": self._question is not None,
             "noise_policy": self.noise_policy,
             "noise_policies": list(self.learned),
             "tallies": self.tallies.of(self.env_name),
@@ -837,6 +855,10 @@ class Session:
         return self._env
 
     def _reset_reasoner(self) -> None:
+        if self._question is not None:
+            self._question = None
+            if self.pilot in self._reasoners:  # the one that is thinking goes on doing so, and nobody listens
+                self._reasoner = self._reasoners[self.pilot](self.env_name)
         if self._reasoner is not None and hasattr(self, "_episode"):
             self._reasoner.reset(child_seed(self._episode.seed, "reasoner"))
 

@@ -272,7 +272,7 @@ function show(next) {
   const waits = state.state === "driving" && !state.moving && !state.pilot && !wanted().length;
   pill.textContent = waits && drives() ? "your turn: hold a key" : { driving: "driving", paused: "paused", finished: "over", failed: "simulator failed" }[state.state];
   pill.className = `pill ${waits ? "" : { driving: "go", failed: "bad", finished: episode.success ? "good" : "" }[state.state] ?? ""}`;
-  $("method-pill").textContent = `${LABELS[state.method][0]}${state.method === "frs" ? ` \u00b7 K ${state.settings.reversal_steps}` : ""}${state.pilot ? ` \u00b7 ${PILOTS[state.pilot] ?? state.pilot}` : ""}`;
+  $("method-pill").textContent = `${LABELS[state.method][0]}${state.method === "frs" ? ` \u00b7 K ${state.settings.reversal_steps}` : ""}${state.pilot ? ` \u00b7 ${PILOTS[state.pilot] ?? state.pilot}${state.thinking ? " is thinking" : ""}` : ""}`;
   $("clock").textContent = `${(episode.step / state.rate).toFixed(1)} s of ${(episode.max_steps / state.rate).toFixed(0)} \u00b7 episode ${episode.index + 1}`;
   $("timeline").style.width = `${(100 * episode.step) / episode.max_steps}%`;
   showBanner(episode);
