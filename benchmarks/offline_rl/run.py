@@ -347,7 +347,7 @@ def table(
     ]
     for family, tasks in families.items():
         if any(task in done for task in tasks):
-            means = " | ".join(f"**{cell(mean(comparison, one, tasks))}**" for one in methods)
+            means = " | ".join(f"**{text}**" if (text := cell(mean(comparison, one, tasks))) else "" for one in methods)
             lines.append(f"| **mean {family}** | {means} |")
     return lines
 

@@ -178,6 +178,7 @@ class _Chunk:
     intervened: bool
     observation: npt.NDArray[np.float32]
     actions: npt.NDArray[np.float32]
+    base: Plan | None
     seen: list[npt.NDArray[np.float32]] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
 
@@ -498,6 +499,7 @@ class Session:
         policy = self._steered_by(method)
         reference = to_reference([direction], self.prior.action_spec, self.convention) if speaks else None
         plan = policy.act(torch.from_numpy(before), reference, self._noise)
+        base = self._uncorrected(before) if intervened else plan if self.method == "dsbc" else None
         executed = self.prior.action_spec.executed
         self._sequence = wish.sequence
         self._drawn = self._draw_plan(plan)
@@ -510,7 +512,13 @@ class Session:
             intervened,
             before[0],
             plan.actions[0, :executed].float().cpu().numpy(),
+            base,
         )
+
+    def _uncorrected(self, observation: npt.NDArray[np.float32]) -> Plan:
+        """Return what the noise policy would have done here by itself: what a correction corrects."""
+        rng = RowGenerators([child_seed(self._episode.seed, "uncorrected", self._episode.steps)])
+        return self._steered_by("dsbc").act(torch.from_numpy(observation), None, rng)
 
     def _execute(self, chunk: _Chunk) -> None:
         env = self._require_env()
@@ -553,6 +561,8 @@ class Session:
                 step_observations=np.stack(chunk.seen),
                 step_actions=chunk.actions[:count],
                 rewards=np.asarray(chunk.rewards, np.float32),
+                base_noise=None if chunk.base is None else chunk.base.noise[0].float().cpu().numpy(),
+                base_chunk=None if chunk.base is None else chunk.base.chunk[0].float().cpu().numpy(),
             )
         )
         self._episode.methods.append("dsbc" if chunk.intervened else chunk.method)
