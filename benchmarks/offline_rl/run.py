@@ -277,6 +277,7 @@ def report() -> None:
     ):
         if f"<!-- {name}:" in readme.read_text():
             insert(readme, name, write())
+    insert(HERE.parents[1] / "README.md", "critics", report_prior())
 
 
 def results_of(stage: str) -> Comparison | None:
