@@ -312,10 +312,12 @@ class TestOnline:
         seen: list[Any] = []
         monkeypatch.setattr(module, "run_corrections", lambda *arguments: seen.extend(arguments[1:]))
         arguments = ["train", "corrections", TASK, "--data", str(tmp_path), "--critic-sees", "both", "--set", "alpha=1"]
+        arguments += ["--noise-policy", str(tmp_path / "noise")]
         assert (
             main([*arguments, "--residual-bound", "0.1", "0.2", "--steps", "7", "--seeds", "2", "--first", "20"]) == 0
         )
-        data, env, out, config, settings, seeds, policy, device = seen
+        data, env, out, config, settings, seeds, policy, noise_policy, device = seen
+        assert noise_policy == tmp_path / "noise"
         assert (data, env, out, policy, device) == (
             tmp_path,
             TASK,

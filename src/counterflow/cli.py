@@ -123,6 +123,8 @@ class Eval:
     """A checkpoint, a run folder, or lerobot: and a hub id or folder; default: the shipped prior of the task's family."""
     noise_policy: Path | None = None
     """What 'counterflow distill' wrote, for --steer dsbc or bc; or 'counterflow train dsrl' and its kin, for --steer actor."""
+    corrects: Path | None = None
+    """Of --steer actor, the noise policy that the actor corrects ('counterflow train corrections --noise-policy')."""
     num_envs: int | None = None
     """Environments stepped side by side; the result does not depend on it."""
     device: str = "cpu"
@@ -136,9 +138,16 @@ class Eval:
         from counterflow.experiments.evaluate import evaluate, load_prior, open_env
         from counterflow.experiments.progress import progress_bar
         from counterflow.files import write_json
+        from counterflow.steering import ChunkRegressor, steer_learned
 
         prior = load_prior(self.env, self.policy, self.device)
         learned = load_learned(self.steer, self.noise_policy, self.device)
+        if self.corrects is not None:
+            if self.steer != "actor":
+                raise InvalidInputError(
+                    f"--corrects is of no use to --steer {self.steer}; it says what an actor corrects."
+                )
+            prior = steer_learned(prior, ChunkRegressor.load(self.corrects, self.device))
         critic = self.guiding.load(self.policy, self.device, needed=self.steer == "qgf")
         reasoner = self.reasoning.settings()
         with (

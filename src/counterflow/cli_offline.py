@@ -121,8 +121,10 @@ def run_offline(
         console.print(f"{trained.steps_done} updates of {len(seeds)} seeds in {trained.seconds:.0f} s.")
     acting = acting_of(config)
     steer = f"{acting.method} --steps {acting.settings.steps}"
-    if acting.guidance is not None and acting.guidance.best_of > 1:
-        steer += f" --weight {acting.guidance.weight:g} --best-of {acting.guidance.best_of}"
+    if acting.guidance is not None:
+        steer += "" if acting.guidance.weight == "auto" else f" --weight {acting.guidance.weight}"
+        steer += f" --best-of {acting.guidance.best_of}" if acting.guidance.best_of > 1 else ""
+        steer += "" if acting.guidance.aggregation == "min" else f" --aggregation {acting.guidance.aggregation}"
     for seed, folder in trained.folders.items():
         rate = f"  success {100 * trained.success[seed]:.0f} %" if seed in trained.success else ""
         console.print(f"  {folder}{rate}", soft_wrap=True)

@@ -159,6 +159,8 @@ class TrainCorrections:
     """Of an evaluation, each seed; 0: no evaluation."""
     policy: str | None = None
     """A checkpoint, a run folder, or lerobot: and a hub id or folder; default: the shipped prior of the task's family."""
+    noise_policy: Path | None = None
+    """The noise policy that was driving when somebody intervened (a round of 'counterflow dagger'); default: none was."""
     set: tuple[str, ...] = ()
     """Other settings of the algorithm to change, each NAME=VALUE, for example alpha=1."""
     device: str = "cpu"
@@ -173,7 +175,8 @@ class TrainCorrections:
         config = changed(CorrectionsConfig(critic_sees=self.critic_sees, anchor=self.anchor), self.set)
         out = self.out or Path("runs") / f"corrections-{self.env.split('/')[-1]}"
         seeds = range(self.seed, self.seed + self.seeds)
-        run_corrections(console, self.data, self.env, out, config, settings, seeds, self.policy, self.device)
+        sources = self.policy, self.noise_policy
+        run_corrections(console, self.data, self.env, out, config, settings, seeds, *sources, self.device)
 
 
 def run_corrections(
@@ -185,6 +188,7 @@ def run_corrections(
     settings: CorrectionsRun,
     seeds: Sequence[int],
     policy: str | None,
+    noise_policy: Path | None,
     device: str,
 ) -> None:
     """Train, with progress, and say where the actors lie."""
@@ -195,13 +199,25 @@ def run_corrections(
             update(progress.step, f"evaluation {rates} %" if rates else "")
 
         trained = train_corrections(
-            data, env, out, config, settings, policy=policy, seeds=seeds, device=device, on_progress=show
+            data,
+            env,
+            out,
+            config,
+            settings,
+            policy=policy,
+            noise_policy=noise_policy,
+            seeds=seeds,
+            device=device,
+            on_progress=show,
         )
     if trained.steps_done == 0:
         console.print("this run was finished before; nothing was left to do.")
-    base = "" if trained.base is None else f"; the frozen policy alone succeeds in {100 * trained.base:.0f} %"
+    base = "" if trained.base is None else f"; what is corrected succeeds in {100 * trained.base:.0f} % by itself"
     console.print(f"{trained.decisions:,} recorded decisions{base}")
-    _say_actors(console, env, trained.folders, trained.success)
+    more = ("" if policy is None else f" --policy {policy}") + (
+        "" if noise_policy is None else f" --corrects {noise_policy}"
+    )
+    _say_actors(console, env, trained.folders, trained.success, more)
 
 
 def run_online(
@@ -246,13 +262,16 @@ def run_online(
         f"{told['environment_steps']:,} environment steps, {told['field_evaluations']:,} field evaluations, "
         f"{told['reasoner_queries']:,} questions to a reasoner, {told['seconds']:.0f} s"
     )
-    _say_actors(console, env, trained.folders, trained.success)
+    more = "" if policy is None else f" --policy {policy}"
+    _say_actors(console, env, trained.folders, trained.success, more)
 
 
-def _say_actors(console: Console, env: str, folders: Mapping[int, Path], success: Mapping[int, float]) -> None:
+def _say_actors(
+    console: Console, env: str, folders: Mapping[int, Path], success: Mapping[int, float], more: str
+) -> None:
     for seed, folder in folders.items():
         rate = f"  success {100 * success[seed]:.0f} %" if seed in success else ""
         console.print(f"  {folder}{rate}", soft_wrap=True)
     actor = folder / "checkpoints" / "actor.safetensors"
     if actor.exists():
-        console.print(f"next: counterflow eval {env} --steer actor --noise-policy {actor}", soft_wrap=True)
+        console.print(f"next: counterflow eval {env} --steer actor --noise-policy {actor}{more}", soft_wrap=True)

@@ -130,6 +130,7 @@ class TrainResume:
                 settled,
                 about["seeds"],
                 about["policy"],
+                None if about["noise_policy"] is None else Path(about["noise_policy"]),
                 self.device,
             )
             return

@@ -185,8 +185,8 @@ def test_from_successes_to_a_noise_policy_that_is_helped(
     assert session.describe()["dataset"]["corrections"]["episodes"] == 1
     assert {one["method"] for one in session.describe()["tallies"]} == {"frs", "dsbc+help"}
     (helped,) = SteeringDataset.load(run / "corrections")
-    intervened, apart = helped.arrays["intervened"], helped.arrays["base_chunks"] - helped.arrays["chunks"]
-    assert not apart[~intervened].any()  # where nobody helped, the noise policy's own was executed
+    intervened, apart = helped.arrays["intervened"], helped.arrays["base_chunks"].clip(-1, 1) - helped.arrays["chunks"]
+    assert np.abs(apart[~intervened]).max() < 1e-6  # where nobody helped, the noise policy's own was executed
     assert np.abs(apart[intervened]).max((1, 2)).min() > 0.01
     assert len(helped.arrays["base_noise"]) == len(intervened)
 

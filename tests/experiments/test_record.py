@@ -93,9 +93,9 @@ def redenoised(observations: Any, noise: Any, steps: int) -> Any:
 def actor_of(ports: Any) -> SteeringActor:
     """An actor that always says 0.3 before it is squashed."""
     prior = load("cube-single")
-    space = SteeringSpace(prior, ports, steps=10, residual_bound=0.2)
+    space = SteeringSpace(prior, ports, steps=6, residual_bound=0.2)
     config = ActorConfig("squashed", ports, 1.5, residual_bound=(0.2,) * 5, hidden=(4,))
-    made = SteeringActor(config, space.encode(torch.zeros(1, 28))[1].shape[1], space.size, binding_of(prior, 10))
+    made = SteeringActor(config, space.encode(torch.zeros(1, 28))[1].shape[1], space.size, binding_of(prior, 6))
     with torch.no_grad():
         for parameter in made.network.parameters():
             parameter.zero_()
@@ -263,14 +263,16 @@ class TestMethods:
         arrays = episode.arrays
         assert not arrays["intervened"].any()
         assert not arrays["start_time"].any()
-        np.testing.assert_allclose(redenoised(arrays["observations"], arrays["noise"], 10), arrays["chunks"], atol=0.02)
+        assert SteeringDataset.load(tmp_path / "actor").binding.steps == 6  # the actor's own
         if ports == "latent":
+            made = redenoised(arrays["observations"], arrays["noise"], 6)
+            np.testing.assert_allclose(made, arrays["chunks"], atol=1e-4)
             assert "base_chunks" not in arrays
             assert np.abs(arrays["noise"] - 1.5 * np.tanh(0.3)).max() < 1e-5
             return
-        base = redenoised(arrays["observations"], arrays["base_noise"], 10)
-        np.testing.assert_allclose(base, arrays["base_chunks"], atol=1e-4)
-        wanted = np.clip(base + 0.2 * np.tanh(0.3), -1, 1)
+        base = redenoised(arrays["observations"], arrays["base_noise"], 6)
+        np.testing.assert_allclose(base, np.clip(arrays["base_chunks"], -1, 1), atol=1e-4)
+        wanted = np.clip(arrays["base_chunks"] + 0.2 * np.tanh(0.3), -1, 1)
         np.testing.assert_allclose(arrays["chunks"], wanted, atol=1e-4)
         dataset = SteeringDataset.load(tmp_path / "actor")
         assert next(iter(dataset.sources.values()))["learned"] == actor_of(ports).fingerprint
@@ -279,7 +281,9 @@ class TestMethods:
         with pytest.raises(InvalidInputError, match="needs an actor"):
             make(tmp_path / "none", "actor")
         with pytest.raises(MismatchError, match="use 'actor'"):
-            make(tmp_path / "other", "frs", learned=actor_of("latent"))
+            make(tmp_path / "other", "dsbc", learned=actor_of("latent"))
+        with pytest.raises(InvalidInputError, match="something that was learned"):
+            make(tmp_path / "third", "frs", learned=actor_of("latent"))
         assert not list(tmp_path.iterdir())
 
     def test_without_every_step(self, patched: None, tmp_path: Path) -> None:

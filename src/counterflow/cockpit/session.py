@@ -178,7 +178,7 @@ class _Chunk:
     intervened: bool
     observation: npt.NDArray[np.float32]
     actions: npt.NDArray[np.float32]
-    base: Plan | None
+    base: Plan
     seen: list[npt.NDArray[np.float32]] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
 
@@ -392,6 +392,8 @@ class Session:
         """
         if pilot not in ("", "policy", *self._reasoners):
             raise UnknownNameError("pilot", pilot, ("policy", *self._reasoners))
+        if self._question is not None:
+            self._question[0].cancel()
         self._question = None
         self._reasoner = self._reasoners[pilot](self.env_name) if pilot in self._reasoners else None
         self.pilot = pilot or None
@@ -499,7 +501,7 @@ class Session:
         policy = self._steered_by(method)
         reference = to_reference([direction], self.prior.action_spec, self.convention) if speaks else None
         plan = policy.act(torch.from_numpy(before), reference, self._noise)
-        base = self._uncorrected(before) if intervened else plan if self.method == "dsbc" else None
+        base = self._uncorrected(before) if intervened else plan
         executed = self.prior.action_spec.executed
         self._sequence = wish.sequence
         self._drawn = self._draw_plan(plan)
@@ -561,8 +563,8 @@ class Session:
                 step_observations=np.stack(chunk.seen),
                 step_actions=chunk.actions[:count],
                 rewards=np.asarray(chunk.rewards, np.float32),
-                base_noise=None if chunk.base is None else chunk.base.noise[0].float().cpu().numpy(),
-                base_chunk=None if chunk.base is None else chunk.base.chunk[0].float().cpu().numpy(),
+                base_noise=chunk.base.noise[0].float().cpu().numpy(),
+                base_chunk=chunk.base.chunk[0].float().cpu().numpy(),
             )
         )
         self._episode.methods.append("dsbc" if chunk.intervened else chunk.method)
@@ -622,6 +624,8 @@ class Session:
             arrays["noise"][foreign] = np.where(known[:, None, None], found, 0.0)
             arrays["start_time"][foreign] = np.where(known, 0.0, 1.0)
         helped = "dsbc" in episode.methods
+        if not helped:
+            arrays = {name: values for name, values in arrays.items() if not name.startswith("base_")}
         of_steps = InversionSettings.of("regularised", steps)
         if episode.success or helped:
             arrays |= step_noises(self.prior, arrays, of_steps)
@@ -866,6 +870,7 @@ class Session:
 
     def _reset_reasoner(self) -> None:
         if self._question is not None:
+            self._question[0].cancel()
             self._question = None
             if self.pilot in self._reasoners:  # the one that is thinking goes on doing so, and nobody listens
                 self._reasoner = self._reasoners[self.pilot](self.env_name)

@@ -18,7 +18,7 @@ step_observations   (T, O)     float32, optional: what was seen before each exec
 step_actions        (T, A)     float32, optional: the executed actions, in the environment's units
 rewards             (T,)       float32, optional: what each executed action earned
 base_noise          (C, H, L)  float32, optional: where the policy's own flow started, also where an expert acted
-base_chunks         (C, H, L)  float32, optional: what the policy would have executed, normalised
+base_chunks         (C, H, L)  float32, optional: what the policy's own flow gave, not yet limited, normalised
 ==================  =========  ==================================================================================
 
 Any other array of numbers with C or T rows may lie beside them.

@@ -34,7 +34,14 @@ from counterflow.learning.corrections import CorrectionsConfig, CorrectionsLearn
 from counterflow.learning.sac import ActionSizes
 from counterflow.policies import BasePolicy, as_device
 from counterflow.random import child_seed
-from counterflow.steering import SteeredPolicy, SteeringActor, SteeringSpace, steer_actor
+from counterflow.steering import (
+    ChunkRegressor,
+    SteeredPolicy,
+    SteeringActor,
+    SteeringSpace,
+    steer_actor,
+    steer_learned,
+)
 
 ALGORITHM = "corrections"
 
@@ -116,7 +123,7 @@ class CorrectionsTrained:
 
     Attributes:
         folders: for each seed the folder of its actor.
-        base: the frozen policy's success in the episodes of the evaluation; None without one.
+        base: success of what is corrected, in the episodes of the evaluation; None without one.
         success: for each seed the success rate at the end (empty without evaluation).
         decisions: recorded decisions that were learned from.
         steps_done: updates in this session.
@@ -137,6 +144,7 @@ def train_corrections(
     settings: CorrectionsRun | None = None,
     *,
     policy: str | None = None,
+    noise_policy: Path | str | None = None,
     seeds: Sequence[int] = (0,),
     device: torch.device | str = "cpu",
     on_progress: Callable[[CorrectionsProgress], None] | None = None,
@@ -150,6 +158,9 @@ def train_corrections(
         config: settings of the algorithm; None: its defaults.
         settings: of the run.
         policy: the frozen policy; None: the shipped prior of the task's family.
+        noise_policy: what 'counterflow distill' or 'dagger' wrote, if that was driving when somebody intervened: the residual
+            corrects what *it* makes of the frozen policy, and is evaluated, and must be used, on top of it. None: the frozen
+            policy drove by itself, from fresh noise.
         seeds: trained side by side.
         device: where to learn.
         on_progress: called at each checkpoint.
@@ -165,13 +176,21 @@ def train_corrections(
     settings = CorrectionsRun() if settings is None else settings
     device = as_device(device)
     prior = load_prior(env, policy, str(device))
-    binding = SteeringDataset.load(data).binding
+    dataset = SteeringDataset.load(data)
+    binding, regressor = dataset.binding, None
+    driving: BasePolicy = prior
+    if noise_policy is not None:
+        regressor = ChunkRegressor.load(noise_policy, device)
+        driving = steer_learned(prior, regressor)
     content = {
         "algorithm": ALGORITHM,
         "env": env,
         "data": str(data),
         "policy": policy,
         "policy_fingerprint": policy_name(prior),
+        "noise_policy": None if noise_policy is None else str(noise_policy),
+        "noise_policy_fingerprint": None if regressor is None else regressor.fingerprint,
+        "episodes": len(dataset),  # a dataset that has grown is other data
         "seeds": list(seeds),
         "run": asdict(settings),
         **asdict(config),
@@ -184,7 +203,8 @@ def train_corrections(
     room = len(recorded) + 1  # nothing is ever added
     replay = Replay((sizes.observation, sizes.action, sizes.executed), len(seeds), 1, room, recorded, device)
     with Run(run, content) as folder:
-        training = _Training(learner, replay, space, folder, settings, list(seeds), env)
+        corrects = None if regressor is None else regressor.fingerprint
+        training = _Training(learner, replay, space, folder, settings, list(seeds), env, driving, corrects)
         return training.go(on_progress)
 
 
@@ -209,7 +229,10 @@ class _Training:
         settings: CorrectionsRun,
         seeds: list[int],
         env: str,
+        driving: BasePolicy,
+        corrects: str | None,
     ) -> None:
+        self.driving, self.corrects = driving, corrects
         self.learner, self.replay, self.space, self.folder = learner, replay, space, folder
         self.settings, self.seeds, self.env = settings, seeds, env
         self.success: dict[int, float] = {}
@@ -251,7 +274,7 @@ class _Training:
         return actor_of(self.space, self.learner.networks["actor"].part(index, 1), "squashed")
 
     def _evaluate(self) -> None:
-        """Evaluate the frozen policy once, and every seed, in the same episodes."""
+        """Evaluate what is corrected once, and every seed on top of it, in the same episodes."""
         seeds = [child_seed(child_seed(0, "validation"), "episode", index) for index in range(self.settings.episodes)]
 
         def rate(policy: SteeredPolicy, env: VectorEnv) -> float:
@@ -259,9 +282,10 @@ class _Training:
 
         with open_env(self.env, len(seeds)) as env:
             if self.base is None:
-                self.base = rate(SteeredPolicy(self.space.policy, steps=self.space.steps), env)
+                alone = SteeredPolicy(self.driving, steps=self.space.steps, solver=self.space.solver)
+                self.base = rate(alone, env)
             for index, seed in enumerate(self.seeds):
-                self.success[seed] = rate(steer_actor(self.space.policy, self.actor(index)), env)
+                self.success[seed] = rate(steer_actor(self.driving, self.actor(index)), env)
         told = {f"success/seed-{seed}": one for seed, one in self.success.items()}
         self.folder.report(self.learner.step, **told, **{"success/base": self.base})
         self._write_results()
@@ -304,6 +328,7 @@ class _Training:
                 "env": self.env,
                 "seed": seed,
                 "updates": self.learner.step,
+                "corrects": self.corrects,
                 "settings": asdict(self.learner.config),
                 "run": asdict(self.settings),
                 "machine": machine(),
@@ -314,15 +339,15 @@ class _Training:
 
 
 def read_corrections_settings(folder: Path | str) -> tuple[dict[str, Any], CorrectionsConfig, CorrectionsRun]:
-    """Read a run's settings: env, data, policy and seeds; the algorithm's; the run's.
+    """Read a run's settings: env, data, policy, noise_policy and seeds; the algorithm's; the run's.
 
     Raises:
         TrainingError: the folder holds no run of offline RFS.
     """
     content = read_config(Path(folder) / "config.yaml")
     try:
-        about = {name: content.pop(name) for name in ("env", "data", "policy", "seeds")}
-        for name in ("algorithm", "policy_fingerprint"):
+        about = {name: content.pop(name) for name in ("env", "data", "policy", "noise_policy", "seeds")}
+        for name in ("algorithm", "policy_fingerprint", "noise_policy_fingerprint", "episodes"):
             content.pop(name)
         run = content.pop("run")
         run["residual_bound"] = tuple(run["residual_bound"])

@@ -225,7 +225,8 @@ def run_with_expert(
         fresh = {}
         for row, (decision, success, over) in sorted(made.items()):
             episode = episodes[playing[row]]
-            own = plan.noise[row].float().cpu().numpy(), plan.chunk[row].float().cpu().numpy()
+            given = plan.chunk if plan.base_chunk is None else plan.base_chunk
+            own = plan.noise[row].float().cpu().numpy(), given[row].float().cpu().numpy()
             decision = replace(decision, base_noise=own[0], base_chunk=own[1])  # what corrections correct
             episode.decisions.append(decision)
             episode.chunks += 1

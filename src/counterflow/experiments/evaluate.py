@@ -35,6 +35,7 @@ from counterflow.steering import (
     steer_actor,
     steer_learned,
 )
+from counterflow.steering.steered import frozen
 
 MAX_EPISODES = 100_000
 VLM_SIZE = 384  # pixels: what a model is shown
@@ -277,7 +278,7 @@ def evaluate(
         env=env.spec.name,
         steer=method,
         settings={**own, **({} if make_reasoner is None else reasoner.to_json())},
-        policy=policy_name(policy),
+        policy=policy_name(frozen(policy)),
         seed=seed,
         rate=SuccessRate(sum(episode.success for episode in finished), episodes),
         seconds=seconds,

@@ -161,7 +161,8 @@ def corrections(
 
     Where they did, the residual is what they did minus what the base would have done from the latent that it used, which
     `base_chunks` holds. Where no latent was recorded, ours: the exact inversion of what they did (the noise that is kept with
-    it), clipped to the space's noise bound, gives the base, and the rest is the residual. Residuals are clipped to their bound.
+    it), clipped to the space's noise bound, gives the base, and the rest is the residual; where no noise gives it, nothing is
+    corrected. Residuals are clipped to their bound. Rows of a chunk that were not executed are the base's own.
 
     Args:
         path: the dataset's folder, of 'counterflow dagger' for example.
@@ -179,7 +180,7 @@ def corrections(
         )
     plain = prefill(path, space, env, discount=discount, reward=reward, first=first).recorded
     dataset = SteeringDataset.load(path).filter(env=env, first=first)
-    bases, actions = [], []
+    bases, actions, executed = [], [], []
     seen = 0
     for episode in dataset.episodes:
         arrays = episode.arrays
@@ -190,14 +191,22 @@ def corrections(
         else:
             context, _ = space.encode(torch.from_numpy(arrays["observations"]))
             bound = float("inf") if space.bound is None else space.bound
-            found = space.denoise(context, torch.from_numpy(arrays["noise"]).clamp(-bound, bound)).cpu()
-            stopped = torch.from_numpy(arrays["intervened"])[:, None, None]
-            base = torch.where(stopped, found, torch.from_numpy(arrays["chunks"]))
+            noise = torch.from_numpy(arrays["noise"]).clamp(-bound, bound).to(space.device)
+            found = space.denoise(context, noise).cpu()
+            known = torch.from_numpy(arrays["intervened"] & (arrays["start_time"] == 0))[:, None, None]
+            base = torch.where(known, found, torch.from_numpy(arrays["chunks"]))
         spec, chunks = space.policy.action_spec, torch.from_numpy(arrays["chunks"])
         own = slice(spec.past, spec.past + space.executed)
-        residual = (spec.denormalise(chunks) - spec.denormalise(base))[:, own].flatten(1)
+        raw, done = spec.denormalise(base), spec.denormalise(chunks)
+        limited = spec.limit(raw)
+        # Where only the limits of the actions made a difference nobody corrected anything, nor beyond what was executed.
+        row = torch.arange(chunks.shape[1])[:, None] - spec.past
+        counts = (row < torch.from_numpy(arrays["executed"])[:, None, None]) & ((done - limited).abs() > 1e-5)
+        residual = torch.where(counts, done - raw, 0.0)[:, own].flatten(1)
+        acted = spec.normalise(torch.where(counts, done, limited))
         bases.append(base[:count].flatten(1))
         actions.append(residual[:count].clamp(-space.limits, space.limits))
+        executed.append(acted[:count, own, : spec.dim].flatten(1))
     if not seen:
         raise DatasetError(f"nobody intervened in {path}. Record with an expert at hand ('counterflow dagger').")
     size = bases[0].shape[1]
@@ -206,7 +215,13 @@ def corrections(
     # After an episode's last decision nothing was planned: the base stands still in its place.
     next_base = torch.where(goes_on[:, None], shown.roll(-1, 0)[:, -size:], plain.next_observations[:, -size:])
     following = torch.cat([plain.next_observations[:, :-size], next_base], 1)
-    return replace(plain, observations=shown, actions=torch.cat(actions), next_observations=following)
+    return replace(
+        plain,
+        observations=shown,
+        actions=torch.cat(actions),
+        executed=torch.cat(executed),
+        next_observations=following,
+    )
 
 
 def executed_of(space: SteeringSpace, chunks: Tensor) -> Tensor:

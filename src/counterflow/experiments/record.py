@@ -16,6 +16,8 @@ from counterflow.binding import Binding
 from counterflow.data import EpisodeDataset, SteeringDataset, SteeringEpisode
 from counterflow.errors import DatasetError, InvalidInputError
 from counterflow.experiments.evaluate import (
+    ACTOR,
+    LEARNED,
     ReasonerSettings,
     check_episodes,
     load_prior,
@@ -111,10 +113,17 @@ def record(
     settings = MethodSettings() if settings is None else settings
     reasoner = ReasonerSettings() if reasoner is None else reasoner
     prior = load_prior(env, policy, device)
+    if learned is not None and method not in (ACTOR, *LEARNED):
+        raise InvalidInputError(
+            f"{method!r} was given something that was learned; expected 'dsbc', 'bc' or 'actor' with it."
+        )
     steered = steered_by(prior, method, settings, learned)
     has_noise = method in ("frs", "base", "rank") or (learned is not None and not steered.edits)
     asks = learned is None and method != "base"
-    binding = binding_of(prior, steered.steps if has_noise else settings.steps, steered.solver)
+    own_steps = (
+        has_noise or method == ACTOR
+    )  # an actor's chunks come of the flow that it was trained with, edited or not
+    binding = binding_of(prior, steered.steps if own_steps else settings.steps, steered.solver)
     of_steps = InversionSettings.of(inversion, binding.steps)
     provenance = {
         "recording": "steered rollouts",
@@ -157,6 +166,8 @@ def record(
                     nonlocal made
                     index = missing[episode.seed]
                     arrays = arrays_of(episode.decisions)
+                    if method != ACTOR:  # what a chosen or replaced chunk was chosen over is nobody's base
+                        arrays = {name: values for name, values in arrays.items() if not name.startswith("base_")}
                     if not has_noise:
                         arrays |= _inverted(prior, arrays, binding)
                     if every_step and episode.success:  # nobody learns from the others

@@ -28,7 +28,7 @@ from counterflow.policies.stacked import Activation, Norm, StackedMLP
 from counterflow.random import draw_normal, draw_prior
 from counterflow.steering.context import SteeringContext
 from counterflow.steering.latent import LatentShape
-from counterflow.steering.learned import binding_of
+from counterflow.steering.learned import LearnedNoise, binding_of
 from counterflow.steering.space import Ports, SteeringSpace
 from counterflow.steering.start import Rng
 from counterflow.steering.steered import SteeredPolicy, frozen, inputs_of
@@ -242,20 +242,29 @@ def steer_actor(base: BasePolicy, actor: SteeringActor, *, sample: bool | None =
     """Return `base` driven by an actor.
 
     Args:
-        base: the frozen policy that the actor was trained with.
+        base: the frozen policy that the actor was trained with (driven by the noise policy that it corrects, if it does).
         actor: the actor.
         sample: whether its latents are drawn; None: a Gaussian law's are (it was trained so, and begins as the prior).
 
     Raises:
-        MismatchError: the actor belongs to another frozen policy or another way of denoising.
+        MismatchError: the actor belongs to another frozen policy or another way of denoising, or it corrects a noise policy
+            that is not the one in `base`.
     """
+    start = base.start if isinstance(base, SteeredPolicy) else None
+    driving = start.regressor.fingerprint if isinstance(start, LearnedNoise) else None
+    wanted = actor.provenance.get("corrects")
+    if wanted is not None and wanted != driving:
+        raise MismatchError(
+            f"this actor corrects the noise policy {wanted}, and {driving or 'none'} drives here. Give that one: "
+            "steer_actor(steer_learned(policy, noise_policy), actor), or --corrects on the command line."
+        )
     config, binding = actor.config, actor.binding
     binding.check(binding_of(base, binding.steps, binding.solver), "this actor")
     space = config.space(base, binding.steps, binding.solver)
     drawn = config.law == "gaussian" if sample is None else sample
-    start = ActorLatent(actor, space, drawn) if config.ports != "residual" else None
+    latent = ActorLatent(actor, space, drawn) if config.ports != "residual" else None
     edit = ActorResidual(actor, space) if config.ports != "latent" else None
-    return SteeredPolicy(base, start=start, edit=edit, steps=binding.steps, solver=binding.solver)
+    return SteeredPolicy(base, start=latent, edit=edit, steps=binding.steps, solver=binding.solver)
 
 
 def _seen(policy: BasePolicy, context: SteeringContext) -> Tensor:

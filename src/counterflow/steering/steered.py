@@ -55,8 +55,7 @@ class Plan:
             over the chunk, translation only where the layout is known); NaN where nobody spoke.
         evaluations: how often each observation's field was evaluated.
         features: (B, F) the frozen policy's own features of the observations, or None if it offers none.
-        base_chunk: (B, H, A + padding) what the flow gave before it was edited, within the action limits, normalised; None
-            where nothing is edited.
+        base_chunk: (B, H, A + padding) what the flow gave, before it was edited or limited, normalised.
     """
 
     actions: Tensor
@@ -235,7 +234,6 @@ class SteeredPolicy:
 
         spec = self.action_spec
         actions = spec.limit(spec.denormalise(chunk))
-        base = spec.normalise(spec.limit(spec.denormalise(candidates[rows, kept]))) if self.edits else None
         plan = Plan(
             actions=actions[:, spec.past :],
             chunk=spec.normalise(actions),
@@ -247,7 +245,7 @@ class SteeredPolicy:
             agreement=chunk.new_empty(0),
             evaluations=counter.evaluations * copies,
             features=features_of(self, context) if hasattr(frozen(self), "features") else None,
-            base_chunk=base,
+            base_chunk=candidates[rows, kept],
         )
         return _with_diagnostics(plan, self.action_spec)
 
