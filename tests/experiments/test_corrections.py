@@ -67,9 +67,7 @@ def data(plane: Callable[..., VectorEnv], prior: FlowPolicy, tmp_path: Path) -> 
     def arrays(episode: Episode) -> dict[str, Any]:
         found = arrays_of(episode.decisions)
         with torch.no_grad():
-            planned = SteeredPolicy(prior, steps=3).act(found["observations"], rng=0).base_chunk
-            assert planned is not None
-            base = planned.numpy()
+            base = SteeredPolicy(prior, steps=3).act(found["observations"], rng=0).base_chunk.numpy()
         found["intervened"] = np.ones(len(found["executed"]), bool)
         return found | {"base_chunks": base.astype(np.float32), "start_time": np.zeros_like(found["start_time"])}
 

@@ -564,7 +564,7 @@ class Session:
                 step_actions=chunk.actions[:count],
                 rewards=np.asarray(chunk.rewards, np.float32),
                 base_noise=chunk.base.noise[0].float().cpu().numpy(),
-                base_chunk=chunk.base.chunk[0].float().cpu().numpy(),
+                base_chunk=chunk.base.base_chunk[0].float().cpu().numpy(),
             )
         )
         self._episode.methods.append("dsbc" if chunk.intervened else chunk.method)
@@ -605,7 +605,8 @@ class Session:
 
     def _write_episode(self, episode: _Episode) -> str:
         """Put an episode into the dataset as `counterflow record` does; return what to say."""
-        arrays = arrays_of(episode.decisions)
+        helped = "dsbc" in episode.methods
+        arrays = arrays_of(episode.decisions, bases=helped)
         steps = self.binding.steps
         foreign = np.flatnonzero(~np.array(episode.reusable))
         if len(foreign):
@@ -623,9 +624,6 @@ class Session:
             # What no noise gives must not be learned from: no noise lies at t = 1.
             arrays["noise"][foreign] = np.where(known[:, None, None], found, 0.0)
             arrays["start_time"][foreign] = np.where(known, 0.0, 1.0)
-        helped = "dsbc" in episode.methods
-        if not helped:
-            arrays = {name: values for name, values in arrays.items() if not name.startswith("base_")}
         of_steps = InversionSettings.of("regularised", steps)
         if episode.success or helped:
             arrays |= step_noises(self.prior, arrays, of_steps)

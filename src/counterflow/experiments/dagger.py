@@ -143,7 +143,7 @@ def dagger(
                         steer_learned(prior, regressor), vector, list(missing), regressor, make_rule, expert
                     )
                     for episode in played:
-                        arrays = _corrected(prior, arrays_of(episode.decisions), beginning.binding.steps)
+                        arrays = _corrected(prior, arrays_of(episode.decisions, bases=True), beginning.binding.steps)
                         index = missing[episode.seed]
                         dataset.append(SteeringEpisode(env, episode.seed, index, episode.success, source, arrays))
                 recorded = [one for one in dataset.episodes if one.source == source]
@@ -225,8 +225,7 @@ def run_with_expert(
         fresh = {}
         for row, (decision, success, over) in sorted(made.items()):
             episode = episodes[playing[row]]
-            given = plan.chunk if plan.base_chunk is None else plan.base_chunk
-            own = plan.noise[row].float().cpu().numpy(), given[row].float().cpu().numpy()
+            own = plan.noise[row].float().cpu().numpy(), plan.base_chunk[row].float().cpu().numpy()
             decision = replace(decision, base_noise=own[0], base_chunk=own[1])  # what corrections correct
             episode.decisions.append(decision)
             episode.chunks += 1

@@ -165,9 +165,8 @@ def record(
                 def keep(episode: Episode, missing: dict[int, int] = missing) -> None:
                     nonlocal made
                     index = missing[episode.seed]
-                    arrays = arrays_of(episode.decisions)
-                    if method != ACTOR:  # what a chosen or replaced chunk was chosen over is nobody's base
-                        arrays = {name: values for name, values in arrays.items() if not name.startswith("base_")}
+                    # What a chosen or replaced chunk was chosen over is nobody's base.
+                    arrays = arrays_of(episode.decisions, bases=method == ACTOR and steered.edits)
                     if not has_noise:
                         arrays |= _inverted(prior, arrays, binding)
                     if every_step and episode.success:  # nobody learns from the others
@@ -200,8 +199,13 @@ def record(
     return Recorded(Path(out), len(outcomes), sum(outcomes.values()), made)
 
 
-def arrays_of(decisions: Sequence[Decision]) -> dict[str, npt.NDArray[Any]]:
-    """Return an episode's decisions as the arrays of a steering dataset."""
+def arrays_of(decisions: Sequence[Decision], *, bases: bool = False) -> dict[str, npt.NDArray[Any]]:
+    """Return an episode's decisions as the arrays of a steering dataset.
+
+    Args:
+        decisions: of one episode.
+        bases: also what the policy's own flow gave, which a residual was added to or somebody corrected.
+    """
     arrays: dict[str, npt.NDArray[Any]] = {
         "observations": np.stack([one.observation for one in decisions]),
         "references": np.stack([one.reference for one in decisions]),
@@ -220,7 +224,7 @@ def arrays_of(decisions: Sequence[Decision]) -> dict[str, npt.NDArray[Any]]:
         ("base_noise", [one.base_noise for one in decisions if one.base_noise is not None]),
         ("base_chunks", [one.base_chunk for one in decisions if one.base_chunk is not None]),
     ):
-        if len(values) == len(decisions):
+        if bases and len(values) == len(decisions):
             arrays[name] = np.stack(values)
     features = [one.features for one in decisions if one.features is not None]
     if len(features) == len(decisions):

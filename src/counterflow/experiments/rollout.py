@@ -211,9 +211,7 @@ def run_episodes(
         batch = env.execute(actions, rows=active, record=active if film else ())
         if record:
             for row in active:
-                episodes[playing[row]].decisions.append(
-                    decision_of(plan, batch, row, before[row], keep_base=policy.edits)
-                )
+                episodes[playing[row]].decisions.append(decision_of(plan, batch, row, before[row]))
         fresh = {}
         for row in active:
             index = playing[row]
@@ -243,8 +241,6 @@ def decision_of(
     batch: Batch,
     row: int,
     observation: npt.NDArray[np.float32],
-    *,
-    keep_base: bool = False,
 ) -> Decision:
     """Return one row's decision.
 
@@ -253,7 +249,6 @@ def decision_of(
         batch: what came of it.
         row: the row.
         observation: (O,) what it saw before.
-        keep_base: also keep what the flow gave before it was edited.
     """
     steps = int(batch.steps[row])
     chunk = plan.chunk[row]
@@ -273,8 +268,8 @@ def decision_of(
         step_observations=np.concatenate([observation[None], batch.paths[row][:-1]]),
         step_actions=_array(plan.actions[row, :steps]),
         rewards=batch.rewards[row, :steps].astype(np.float32),
-        base_noise=_array(plan.noise[row]) if keep_base and plan.base_chunk is not None else None,
-        base_chunk=_array(plan.base_chunk[row]) if keep_base and plan.base_chunk is not None else None,
+        base_noise=_array(plan.noise[row]),
+        base_chunk=_array(plan.base_chunk[row]),
     )
 
 

@@ -42,6 +42,7 @@ class Plan:
     Attributes:
         actions: (B, H - past, A) environment units, within the action limits: what to execute.
         chunk: (B, H, A + padding) the whole chunk, normalised.
+        base_chunk: (B, H, A + padding) what the flow gave, before it was edited or limited, normalised.
         noise: (B, H, A + padding) where the flow started (of the candidate that was kept, where the edit kept one unchanged;
             otherwise of the first).
         start_time: (B,) the time at which it started.
@@ -55,11 +56,11 @@ class Plan:
             over the chunk, translation only where the layout is known); NaN where nobody spoke.
         evaluations: how often each observation's field was evaluated.
         features: (B, F) the frozen policy's own features of the observations, or None if it offers none.
-        base_chunk: (B, H, A + padding) what the flow gave, before it was edited or limited, normalised.
     """
 
     actions: Tensor
     chunk: Tensor
+    base_chunk: Tensor
     noise: Tensor
     start_time: Tensor
     reference: Reference | None
@@ -68,7 +69,6 @@ class Plan:
     agreement: Tensor
     evaluations: int
     features: Tensor | None = None
-    base_chunk: Tensor | None = None
 
 
 class _Counted:
@@ -237,6 +237,7 @@ class SteeredPolicy:
         plan = Plan(
             actions=actions[:, spec.past :],
             chunk=spec.normalise(actions),
+            base_chunk=candidates[rows, kept],
             noise=noise.unflatten(0, (-1, copies))[rows, kept],
             start_time=start_time.unflatten(0, (-1, copies))[rows, kept],
             reference=context.reference,
@@ -245,7 +246,6 @@ class SteeredPolicy:
             agreement=chunk.new_empty(0),
             evaluations=counter.evaluations * copies,
             features=features_of(self, context) if hasattr(frozen(self), "features") else None,
-            base_chunk=candidates[rows, kept],
         )
         return _with_diagnostics(plan, self.action_spec)
 
