@@ -1,8 +1,11 @@
-"""Which addresses lead out of this machine."""
+"""Which addresses lead out of this machine, and which are policy servers'."""
 
 from __future__ import annotations
 
 import ipaddress
+
+KEY_VARIABLE = "COUNTERFLOW_API_KEY"
+"""The environment's variable that holds the key of a policy server, on either side."""
 
 
 def is_loopback(host: str) -> bool:
@@ -13,3 +16,13 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def is_server(address: str) -> bool:
+    """Whether an address is that of a policy server, and not a file's or a policy's name."""
+    return address.startswith(("serve://", "ws://", "wss://"))
+
+
+def websocket_of(address: str) -> str:
+    """Return a server's address as websockets know it: serve:// stands for ws://."""
+    return "ws://" + address.removeprefix("serve://") if address.startswith("serve://") else address

@@ -34,9 +34,10 @@ class Cockpit:
     env: tyro.conf.Positional[str]
     """The task, for example ogbench/cube-single-task4; others of its family can be chosen on the page."""
     policy: str | None = None
-    """A checkpoint, a run folder, or lerobot: and a hub id or folder; default: the shipped prior of the task's family."""
-    steer: Literal["base", "direct", "frs", "partial", "rank", "dsbc", "guided"] = "frs"
-    """How keys are followed at first; it can be switched while driving."""
+    """A checkpoint, a run folder, lerobot: and a hub id or folder, or the address of a policy server (serve://host:port, wss://...;
+    its key is read from the environment's COUNTERFLOW_API_KEY); default: the shipped prior of the task's family."""
+    steer: Literal["base", "direct", "frs", "partial", "rank", "dsbc", "guided"] | None = None
+    """How keys are followed at first; it can be switched while driving. Default: frs; of a server, what it was started with."""
     noise_policy: Path | None = None
     """What 'counterflow distill' wrote, to drive with, and to help."""
     critic: Path | None = None

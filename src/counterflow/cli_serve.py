@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from rich.console import Console
 
+from counterflow.addresses import KEY_VARIABLE
 from counterflow.cli_options import LearnedName, Steering, SteerName
 from counterflow.errors import InvalidInputError
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from counterflow.serving import PolicyServer, ServedPolicy, ServerSettings
 
 SWITCH_INTERVAL = 0.0005  # seconds
-KEY_VARIABLE = "COUNTERFLOW_API_KEY"
 
 
 @dataclass(frozen=True)

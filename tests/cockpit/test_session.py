@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from counterflow.cockpit.session import METHODS, Here, Session, SessionSettings
+from counterflow.cockpit.session import Here, Session, SessionSettings
+from counterflow.cockpit.targets import METHODS
 from counterflow.data import SteeringDataset
 from counterflow.errors import InvalidInputError, MismatchError, ReasonerError, UnknownNameError, WorkerError
 from counterflow.flow import denoise
@@ -152,12 +153,14 @@ def test_from_successes_to_a_noise_policy_that_is_helped(
     assert session.describe()["dataset"]["recordings"]["successes"] == 2
 
     dataset = SteeringDataset.load(run / "recordings")
-    assert dataset.binding == binding_of(session.prior, 5)
+    assert dataset.binding == binding_of(session.target.policy, 5)
     for episode in dataset:
         arrays = episode.arrays
         with torch.no_grad():
-            context = session.prior.encode(torch.from_numpy(arrays["observations"]))
-            made = denoise(bind(session.prior, context), torch.from_numpy(arrays["noise"]), 5).clamp(-1, 1).numpy()
+            context = session.target.policy.encode(torch.from_numpy(arrays["observations"]))
+            made = (
+                denoise(bind(session.target.policy, context), torch.from_numpy(arrays["noise"]), 5).clamp(-1, 1).numpy()
+            )
         np.testing.assert_allclose(made, arrays["chunks"], atol=1e-4)
         assert arrays["step_noise_valid"].any()
 
@@ -189,8 +192,8 @@ def test_from_successes_to_a_noise_policy_that_is_helped(
     assert np.abs(apart[~intervened]).max() < 1e-6  # where nobody helped, the noise policy's own was executed
     assert np.abs(apart[intervened]).max((1, 2)).min() > 0.01
     with torch.no_grad():  # as the flow gave it, not yet limited
-        context = session.prior.encode(torch.from_numpy(helped.arrays["observations"]))
-        given = denoise(bind(session.prior, context), torch.from_numpy(helped.arrays["base_noise"]), 5).numpy()
+        context = session.target.policy.encode(torch.from_numpy(helped.arrays["observations"]))
+        given = denoise(bind(session.target.policy, context), torch.from_numpy(helped.arrays["base_noise"]), 5).numpy()
     np.testing.assert_allclose(given, helped.arrays["base_chunks"], atol=1e-4)
 
     session.start_training()
@@ -215,8 +218,8 @@ def test_noises_of_other_methods_are_found_by_inversion(make_session: MakeSessio
     assert not episode.success
     usable = arrays["start_time"] == 0
     with torch.no_grad():
-        context = session.prior.encode(torch.from_numpy(arrays["observations"]))
-        made = denoise(bind(session.prior, context), torch.from_numpy(arrays["noise"]), 5).numpy()
+        context = session.target.policy.encode(torch.from_numpy(arrays["observations"]))
+        made = denoise(bind(session.target.policy, context), torch.from_numpy(arrays["noise"]), 5).numpy()
     np.testing.assert_allclose(made[usable], arrays["chunks"][usable], atol=0.02)
     assert usable[1]  # what the flow itself made has a noise
 

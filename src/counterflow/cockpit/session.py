@@ -23,51 +23,30 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from counterflow.binding import Binding
 from counterflow.cockpit.control import Control, Wish
 from counterflow.cockpit.overlay import executable, paths_of
 from counterflow.cockpit.tallies import MIXED, Outcome, Tallies
+from counterflow.cockpit.targets import METHODS, Decided, Target, open_target
 from counterflow.cockpit.training import CORRECTIONS, POLICIES, RECORDINGS, Training, train
 from counterflow.data import SteeringDataset, SteeringEpisode
 from counterflow.envs import Batch, RenderSettings, VectorEnv, env_names, family_of, make_env
-from counterflow.errors import (
-    CounterflowError,
-    InvalidInputError,
-    MismatchError,
-    UnknownNameError,
-    WorkerError,
-)
-from counterflow.experiments.evaluate import ReasonerSettings, load_prior, steered_by
-from counterflow.experiments.inversion import InversionSettings, invert_chunks
-from counterflow.experiments.record import arrays_of, step_noises
+from counterflow.errors import CounterflowError, InvalidInputError, MismatchError, UnknownNameError, WorkerError
+from counterflow.experiments.evaluate import ReasonerSettings
+from counterflow.experiments.record import arrays_of
 from counterflow.experiments.rollout import Decision, check_fit, seen_by
-from counterflow.flow import denoise
 from counterflow.learning.dsbc import DSBCConfig
-from counterflow.policies import BasePolicy, bind
+from counterflow.policies import BasePolicy
 from counterflow.random import RowGenerators, check_seed, child_seed
 from counterflow.reasoners import Convention, Direction, Reasoner, scripted_reasoner, to_reference
 from counterflow.reasoners.words import ways_of
-from counterflow.steering import (
-    ChunkCritic,
-    ChunkRegressor,
-    GuidanceSettings,
-    MethodSettings,
-    Plan,
-    SteeredPolicy,
-    binding_of,
-    choose_weight,
-    guide,
-    steer,
-)
+from counterflow.steering import ChunkCritic, ChunkRegressor, MethodSettings, Plan, Reference
 
 State = Literal["driving", "paused", "finished", "failed"]
-METHODS = ("base", "direct", "partial", "rank", "frs", "dsbc", "guided")
-NOISY = ("base", "rank", "frs", "dsbc")
-"""Methods whose chunk is what the flow makes of the noise that is kept."""
 QUALITY = 82  # of the pictures, JPEG
-SEEN = 64  # observations that are remembered, to weigh a critic by
 MOST_FRAMES = 4000  # of an episode's film
-FAN = 12
+UNKNOWN_NOISES = "what drives tells nothing of the noises of its flow, so there is nothing to learn from"
+HELPING = ("frs", "rank", "direct")
+"""How somebody helps a noise policy: by the first of these that there is."""
 
 
 class Background(Protocol):
@@ -98,12 +77,13 @@ class SessionSettings:
     Attributes:
         env: the task; others of its family can be chosen later.
         out: the run's folder.
-        policy: the frozen policy; None: the shipped prior of the task's family.
+        policy: the frozen policy: its name or path, a server's address (serve://host:port), or the object itself; None: the
+            shipped prior of the task's family.
         noise_policy: what 'counterflow distill' wrote, to drive with it at once.
         critic: what 'counterflow critic' wrote, for "guided".
         seed: what every episode descends from.
-        method: how references are followed at first.
-        steering: of the methods; K of the noises that are recorded is `steering.reversal_steps`.
+        method: how references are followed at first; None: FRS, or what a server does.
+        steering: of the methods; K of the noises that are recorded is `steering.reversal_steps`, or a server's own.
         convention: how a direction is written into a chunk.
         magnitude: overrides the convention's.
         stale_after: seconds after which the driver's report no longer counts.
@@ -120,11 +100,11 @@ class SessionSettings:
 
     env: str
     out: Path
-    policy: str | None = None
+    policy: str | BasePolicy | None = None
     noise_policy: Path | None = None
     critic: Path | None = None
     seed: int = 0
-    method: str = "frs"
+    method: str | None = None
     steering: MethodSettings = field(default_factory=MethodSettings)
     convention: str = "ogbench"
     magnitude: float | None = None
@@ -137,7 +117,7 @@ class SessionSettings:
 
     def __post_init__(self) -> None:
         """Check names and numbers."""
-        if self.method not in METHODS:
+        if self.method is not None and self.method not in METHODS:
             raise UnknownNameError("method", self.method, METHODS)
         if not 1 <= self.rate <= 200:
             raise InvalidInputError(f"rate is {self.rate!r}; expected 1 to 200 actions a second.")
@@ -174,7 +154,7 @@ class _Chunk:
     direction: Direction
     plan: Plan
     method: str
-    steps: int
+    reusable: bool
     intervened: bool
     observation: npt.NDArray[np.float32]
     actions: npt.NDArray[np.float32]
@@ -242,35 +222,37 @@ class Session:
         self.settings = settings
         self._background: Background = Here() if background is None else background
         self._make = _make_env if make is None else make
+        self._env: VectorEnv | None = None
+        self.state: State = "paused"
+        self.training: Training | None = None
         self._reasoners: dict[str, Callable[[str], Reasoner]] = {"script": scripted_reasoner, **(reasoners or {})}
-        self.prior: BasePolicy = load_prior(settings.env, settings.policy, settings.device)
-        if self.prior.action_spec.layout is None:
-            raise MismatchError(
-                f"the actions of {settings.env} are no directions in space, so there is nothing that keys could say. Choose a "
-                "manipulation task."
-            )
-        self.binding: Binding = binding_of(self.prior, settings.steering.reversal_steps)
-        self.method, self.steering, self.magnitude = settings.method, settings.steering, settings.magnitude
-        self.critic = None if settings.critic is None else ChunkCritic.load(settings.critic, settings.device)
-        self.weight: float | None = None
+        critic = None if settings.critic is None else ChunkCritic.load(settings.critic, settings.device)
+        self.notes: deque[dict[str, Any]] = deque(maxlen=20)
+        self._noted = 0
+        self.target: Target = open_target(
+            settings.policy, settings.env, settings.device, settings.steering.reversal_steps, critic, self.note
+        )
+        try:
+            self._begin(settings)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, settings: SessionSettings) -> None:
+        self.method = self.target.preferred if settings.method is None else settings.method
+        self.steering, self.magnitude = settings.steering, settings.magnitude
         self.learned: dict[str, ChunkRegressor] = {}
         self.noise_policy: str | None = None
         self._load_learned()
         self.tallies = Tallies(settings.out / "tallies.json")
         self.pilot: str | None = None
-        self.training: Training | None = None
-        self.notes: deque[dict[str, Any]] = deque(maxlen=20)
-        self._noted = 0
         self._pending: list[tuple[str, Future[Any]]] = []
-        self._seen: deque[npt.NDArray[np.float32]] = deque(maxlen=SEEN)
         self._counts: dict[str, Any] = {}
         self._writing = threading.Lock()  # a dataset lets one write at a time, of the same process, too
-        self._steered: tuple[Any, SteeredPolicy] | None = None
+        self._sampling: tuple[Future[npt.NDArray[np.float32]], npt.NDArray[np.float64], dict[str, Any]] | None = None
         self.frame: Frame | None = None
-        self.state: State = "paused"
         self.reason = ""
         self.env_name = settings.env
-        self._env: VectorEnv | None = None
         self._reasoner: Reasoner | None = None
         self._question: tuple[Future[Direction], int] | None = None  # what the pilot is asked, and at which step it was
         self._chunk: _Chunk | None = None
@@ -318,9 +300,15 @@ class Session:
         self.state, self.reason = "driving", ""
 
     def keep(self) -> None:
-        """Keep the finished episode in the dataset. It is on disk some moments later."""
+        """Keep the finished episode in the dataset. It is on disk some moments later.
+
+        Raises:
+            MismatchError: nobody knows the noises of what was driven.
+        """
         if self.state != "finished" or self._episode.kept:
             return
+        if self.target.binding is None:
+            raise MismatchError(f"this episode can't be kept: {UNKNOWN_NOISES}.")
         self._episode.kept = "kept"
         self._later("keep", self._write_episode, self._episode)
 
@@ -358,29 +346,26 @@ class Session:
         """
         given: dict[str, Any] = {"reversal_steps": reversal_steps, "steps": steps, "tau": tau, "candidates": candidates}
         steering = replace(self.steering, **{name: value for name, value in given.items() if value is not None})
-        chosen = self.noise_policy if noise_policy is None else noise_policy
+        chosen = noise_policy or self.noise_policy or next(reversed(self.learned), None)
         if noise_policy is not None and noise_policy not in self.learned:
             raise UnknownNameError("noise policy", noise_policy, self.learned)
         wanted = self.method if method is None else method
         if wanted not in METHODS:
             raise UnknownNameError("method", wanted, METHODS)
-        for other in (m for m in METHODS if m not in ("dsbc", "guided", "base")):
-            steer(self.prior, other, steering)  # numbers out of range are refused here
+        for name, value in given.items():
+            if value is not None and name not in self.target.settings:
+                raise InvalidInputError(f"{name} is set where the policy runs ({self.target.about}), not here.")
+        self.target.check(steering)
         if magnitude is not None:
             ReasonerSettings(convention=self.settings.convention, magnitude=magnitude).writing()
         if pilot is not None and pilot not in ("", "policy", *self._reasoners):
             raise UnknownNameError("pilot", pilot, ("policy", *self._reasoners))
-        if wanted == "guided" and self.critic is None:
-            raise InvalidInputError("'guided' needs a critic; start the cockpit with --critic.")
+        if lacking := self._lacks(wanted):
+            raise InvalidInputError(f"{lacking}.")
         if wanted == "dsbc":
-            if chosen is None:
-                raise InvalidInputError(
-                    "there is no noise policy yet. Record successes and press 'train', or start with --noise-policy."
-                )
-            steered_by(self.prior, "dsbc", steering, self.learned[chosen])
+            self.target.check_learned(self.learned[str(chosen)])
         self.steering, self.noise_policy, self.method = steering, chosen, wanted
         self.magnitude = self.magnitude if magnitude is None else magnitude
-        self._steered = None
         if pilot is not None:
             self.hand_over(pilot)
 
@@ -422,7 +407,10 @@ class Session:
 
         Raises:
             InvalidInputError: a training runs already.
+            MismatchError: nobody knows the noises of what was driven.
         """
+        if self.target.binding is None:
+            raise MismatchError(f"there can be no training: {UNKNOWN_NOISES}.")
         if self.training is not None and self.training.state == "running":
             raise InvalidInputError("a training is running; wait for it, or stop it.")
         number = 1
@@ -449,6 +437,7 @@ class Session:
     def advance(self, now: float) -> bool:
         """Execute one action, if somebody wants motion; return whether one was executed."""
         self._take_in()
+        self._take_samples()
         if self.state != "driving":
             return False
         try:
@@ -493,16 +482,14 @@ class Session:
         return None
 
     def _decide(self, wish: Wish, direction: Direction) -> _Chunk:
-        before = self._batch.observation
-        self._seen.append(before[0])
+        before, spec = self._batch.observation, self.target.action_spec
         speaks = not direction.defer
         intervened = self.method == "dsbc" and speaks
-        method = "frs" if intervened else self.method
-        policy = self._steered_by(method)
-        reference = to_reference([direction], self.prior.action_spec, self.convention) if speaks else None
-        plan = policy.act(torch.from_numpy(before), reference, self._noise)
+        method = self._helping if intervened else self.method
+        reference = to_reference([direction], spec, self.convention) if speaks else None
+        decided = self._act(method, before, reference, self._noise)
+        plan = decided.plan
         base = self._uncorrected(before) if intervened else plan
-        executed = self.prior.action_spec.executed
         self._sequence = wish.sequence
         self._drawn = self._draw_plan(plan)
         return _Chunk(
@@ -510,17 +497,30 @@ class Session:
             direction,
             plan,
             method,
-            policy.steps,
+            decided.reusable,
             intervened,
             before[0],
-            plan.actions[0, :executed].float().cpu().numpy(),
+            plan.actions[0, : spec.executed].float().cpu().numpy(),
             base,
         )
 
     def _uncorrected(self, observation: npt.NDArray[np.float32]) -> Plan:
         """Return what the noise policy would have done here by itself: what a correction corrects."""
         rng = RowGenerators([child_seed(self._episode.seed, "uncorrected", self._episode.steps)])
-        return self._steered_by("dsbc").act(torch.from_numpy(observation), None, rng)
+        return self._act("dsbc", observation, None, rng).plan
+
+    @property
+    def _helping(self) -> str:
+        return next(name for name in HELPING if not self.target.lacks(name))
+
+    def _act(
+        self, method: str, observation: npt.NDArray[np.float32], reference: Reference | None, rng: RowGenerators
+    ) -> Decided:
+        steering, learned = self.steering, self.learned.get(self.noise_policy or "") if method == "dsbc" else None
+        if method == "frs" and self.method == "dsbc" and self.target.binding is not None:
+            # Somebody helps: with the recorded K, so that the noise is what the noise policy should have said.
+            steering = replace(steering, reversal_steps=self.target.binding.steps)
+        return self.target.act(method, steering, learned, observation, reference, rng)
 
     def _execute(self, chunk: _Chunk) -> None:
         env = self._require_env()
@@ -532,7 +532,7 @@ class Session:
         self._episode.success = self._episode.success or bool(self._batch.success[0])
         self._show(self._batch.frames[0][-1], chunk)
         if index == 0:  # after the first action has gone, so that the key was answered by then
-            self._drawn["fan"] = self._fan(chunk.observation)
+            self._draw_fan(chunk.observation)
         over = bool(self._batch.done[0])
         if over or index + 1 == len(chunk.actions):
             self._end_chunk()
@@ -568,7 +568,7 @@ class Session:
             )
         )
         self._episode.methods.append("dsbc" if chunk.intervened else chunk.method)
-        self._episode.reusable.append(chunk.method in NOISY and chunk.steps == self.binding.steps)
+        self._episode.reusable.append(chunk.reusable)
 
     def _finish(self) -> None:
         self.state = "finished"
@@ -587,12 +587,16 @@ class Session:
         if episode is None or episode.closed:
             return
         if self.state == "finished":
-            self.keep()
+            self._keep_undecided()
         else:
             self._end_chunk()
             if episode.decisions:
                 self._count_outcome(success=False)
         episode.closed = True
+
+    def _keep_undecided(self) -> None:
+        if self.target.binding is not None:
+            self.keep()
 
     def _count_outcome(self, *, success: bool) -> None:
         one = self._episode
@@ -607,26 +611,10 @@ class Session:
         """Put an episode into the dataset as `counterflow record` does; return what to say."""
         helped = "dsbc" in episode.methods
         arrays = arrays_of(episode.decisions, bases=helped)
-        steps = self.binding.steps
-        foreign = np.flatnonzero(~np.array(episode.reusable))
-        if len(foreign):
-            exact = InversionSettings(steps=steps)
-            found, missed = (
-                one.float().cpu().numpy()
-                for one in invert_chunks(
-                    self.prior,
-                    torch.from_numpy(arrays["observations"][foreign]),
-                    torch.from_numpy(arrays["chunks"][foreign]),
-                    exact,
-                )
-            )
-            known = np.isfinite(found).all((1, 2)) & (missed <= exact.tolerance)
-            # What no noise gives must not be learned from: no noise lies at t = 1.
-            arrays["noise"][foreign] = np.where(known[:, None, None], found, 0.0)
-            arrays["start_time"][foreign] = np.where(known, 0.0, 1.0)
-        of_steps = InversionSettings.of("regularised", steps)
-        if episode.success or helped:
-            arrays |= step_noises(self.prior, arrays, of_steps)
+        binding = self.target.binding
+        assert binding is not None
+        self.target.complete(arrays, np.array(episode.reusable), steps=episode.success or helped)
+        if "step_noise" in arrays:
             arrays["step_intervened"] = np.repeat(arrays["intervened"], arrays["executed"])
         arrays["method"] = np.array([METHODS.index(method) for method in episode.methods], np.int64)
         place = self.settings.out / (CORRECTIONS if helped else RECORDINGS)
@@ -636,9 +624,9 @@ class Session:
             "methods": list(METHODS),
             "every_step": "regularised",
             "seed": self.settings.seed,
-            "policy": self.binding.policy,
+            "policy": binding.policy,
         }
-        with self._writing, SteeringDataset.create_or_open(place, self.binding) as dataset:
+        with self._writing, SteeringDataset.create_or_open(place, binding) as dataset:
             source = dataset.add_source(provenance)
             dataset.append(SteeringEpisode(episode.env, episode.seed, episode.index, episode.success, source, arrays))
         self._count_recordings()
@@ -649,7 +637,7 @@ class Session:
             self.settings.out,
             env,
             training,
-            config=self.settings.distillation,
+            config=self._distillation(),
             initial=initial,
             seed=self.settings.seed,
         )
@@ -657,6 +645,13 @@ class Session:
             raise InvalidInputError(training.message)
         self.learned = self.learned | {training.name: made}
         return f"{training.name} is trained"
+
+    def _distillation(self) -> DSBCConfig:
+        """Return how to train: on observations where the policy offers no features."""
+        config = self.settings.distillation
+        if self.target.inputs == "features" or config.regressor.inputs == "observation":
+            return config
+        return replace(config, regressor=replace(config.regressor, inputs="observation"))
 
     def _write_film(self, episode: _Episode) -> str:
         from counterflow.cockpit.filming import write_film
@@ -690,6 +685,8 @@ class Session:
     def describe(self) -> dict[str, Any]:
         """Return everything but the picture, as plain values."""
         episode = self._episode
+        binding = self.target.binding
+        recorded = self.steering.reversal_steps if binding is None else binding.steps
         return {
             "env": self.env_name,
             "task": self.spec.task,
@@ -708,14 +705,19 @@ class Session:
             },
             "rate": self.settings.rate,
             "method": self.method,
-            "methods": [{"name": name, "available": self._available(name)} for name in METHODS],
+            "methods": [{"name": name, "lacks": self._lacks(name)} for name in METHODS],
+            "target": self.target.about,
+            "keeps": self.target.binding is not None,
+            "adjustable": sorted(self.target.settings),
             "settings": {
-                "reversal_steps": self.steering.reversal_steps,
+                "reversal_steps": self.steering.reversal_steps
+                if "reversal_steps" in self.target.settings
+                else recorded,
                 "steps": self.steering.steps,
                 "tau": self.steering.tau,
                 "candidates": self.steering.candidates,
                 "magnitude": self.convention.magnitude,
-                "recorded_steps": self.binding.steps,
+                "recorded_steps": recorded,
             },
             "gripper": self.control.gripper,
             "pilot": self.pilot or "",
@@ -745,8 +747,9 @@ class Session:
     def close(self) -> None:
         """End the simulator; an undecided episode that is over is kept."""
         if self.state == "finished":
-            self.keep()
+            self._keep_undecided()
         self.stop_training()
+        self.target.close()
         if self._env is not None:
             self._env.close()
             self._env = None
@@ -766,46 +769,36 @@ class Session:
         """How directions are written into chunks now."""
         return ReasonerSettings(convention=self.settings.convention, magnitude=self.magnitude).writing()
 
-    def _available(self, method: str) -> bool:
-        return {"dsbc": bool(self.learned), "guided": self.critic is not None}.get(method, True)
+    def _lacks(self, method: str) -> str:
+        """Return why a method can't be driven with; "" where it can."""
+        lacking = self.target.lacks(method)
+        if not lacking and method == "dsbc" and not self.learned:
+            return "there is no noise policy yet: keep successes and press 'train', or start with --noise-policy"
+        return lacking
 
-    def _steered_by(self, method: str) -> SteeredPolicy:
-        steering = self.steering
-        if method == "frs" and self.method == "dsbc":
-            # Somebody helps: with the recorded K, so that the noise is what the noise policy should have said.
-            steering = replace(steering, reversal_steps=self.binding.steps)
-        key = (method, steering, self.noise_policy)
-        if self._steered is None or self._steered[0] != key:
-            learned = self.learned.get(self.noise_policy or "") if method == "dsbc" else None
-            guided = method == "guided"
-            policy = self._guided(steering) if guided else steered_by(self.prior, method, steering, learned)
-            self._steered = (key, policy)
-        return self._steered[1]
+    def _draw_fan(self, observation: npt.NDArray[np.float32]) -> None:
+        """Draw what the policy might do by itself: now, or, where a server is asked, as soon as it has answered."""
+        asked = (observation, self.steering, self._episode.steps)
+        if not self.target.slow:
+            self._drawn["fan"] = self._paths(self.target.fan(*asked), self._at)
+        elif self._sampling is None:
+            self._sampling = self._background.submit(self.target.fan, *asked), self._at, self._drawn
 
-    def _guided(self, steering: MethodSettings) -> SteeredPolicy:
-        assert self.critic is not None
-        if self.weight is None:
-            seen = torch.from_numpy(np.stack(list(self._seen)))
-            self.weight = choose_weight(self.prior, self.critic, seen, GuidanceSettings()).weight
-            self.note(f"the critic guides with weight {self.weight:.3g}")
-        return guide(steer(self.prior, "frs", steering), self.critic, GuidanceSettings().with_weight(self.weight))
+    def _take_samples(self) -> None:
+        if self._sampling is not None and self._sampling[0].done():
+            (future, start, drawn), self._sampling = self._sampling, None
+            if future.exception() is None:  # where it fails, whoever drives hears of it by the next chunk
+                drawn["fan"] = self._paths(future.result(), start)
 
-    def _fan(self, observation: npt.NDArray[np.float32]) -> list[Any]:
-        """Return what the policy might do by itself, as paths."""
-        base = SteeredPolicy(self.prior, steps=self.steering.reversal_steps)
-        context = base.encode(torch.from_numpy(observation[None])).repeat_interleave(FAN)
-        with torch.no_grad():
-            noise, _ = base.begin(context, torch.Generator().manual_seed(self._episode.steps))
-            chunks = denoise(bind(base, context), noise, base.steps)
-        return paths_of(executable(chunks, self.prior.action_spec), self.prior.action_spec, self.camera, self._at)
+    def _paths(self, actions: npt.NDArray[np.float32], start: npt.NDArray[np.float64]) -> list[Any]:
+        return paths_of(actions, self.target.action_spec, self.camera, start)
 
     def _draw_plan(self, plan: Plan) -> dict[str, Any]:
-        spec = self.prior.action_spec
         self._at = self.effector
-        drawn: dict[str, Any] = {"chunk": paths_of(plan.actions.float().cpu().numpy(), spec, self.camera, self._at)}
+        drawn: dict[str, Any] = {"chunk": self._paths(plan.actions.float().cpu().numpy(), self._at)}
         if plan.reference is not None:
-            reference = executable(plan.reference.chunk.cpu(), spec)
-            drawn["reference"] = paths_of(reference, spec, self.camera, self._at)
+            reference = executable(plan.reference.chunk.cpu(), self.target.action_spec)
+            drawn["reference"] = self._paths(reference, self._at)
         drawn["agreement"] = _number(plan.agreement[0])
         drawn["noise_percentile"] = _number(plan.noise_percentile[0])
         return drawn
@@ -833,11 +826,11 @@ class Session:
     def _open(self) -> None:
         self._env = self._make(replace(self.settings, env=self.env_name))
         self.spec = self._env.spec
-        check_fit(self.prior, self.spec)
+        self.target.fit(self.spec)
+        check_fit(self.target, self.spec)
         self._next_index = max(self.tallies.next_index, getattr(self, "_next_index", 0))
-        gripper: Any = (
-            "open" if self.prior.action_spec.layout and self.prior.action_spec.layout.gripper is not None else "policy"
-        )
+        layout = self.target.action_spec.layout
+        gripper: Any = "open" if layout is not None and layout.gripper is not None else "policy"
         first: Batch = self._env.reset([0])  # cameras stand where they stand only after a reset
         self._batch = first
         self.camera = self._env.camera()
@@ -855,8 +848,6 @@ class Session:
             return
         if self.pilot is not None:
             self.hand_over(self.pilot)
-        self._seen.clear()
-        self.weight = None
         self.state = "paused"
         self._count_recordings()
         self.begin()
@@ -883,19 +874,17 @@ class Session:
         ):
             try:
                 learned = ChunkRegressor.load(path, settings.device)
-                steered_by(self.prior, "dsbc", self.steering, learned)
+                self.target.check_learned(learned)
             except CounterflowError:
                 continue  # of another policy, or damaged: it can't drive
             self.learned[path.stem] = learned
         if settings.noise_policy is not None:
             given = ChunkRegressor.load(settings.noise_policy, settings.device)
-            steered_by(self.prior, "dsbc", self.steering, given)
+            self.target.check_learned(given)
             self.learned[settings.noise_policy.stem] = given
         self.noise_policy = next(reversed(self.learned), None)
-        if self.method == "dsbc" and self.noise_policy is None:
-            raise InvalidInputError("'dsbc' needs a noise policy; pass --noise-policy, or begin with another method.")
-        if self.method == "guided" and self.critic is None:
-            raise InvalidInputError("'guided' needs a critic; pass --critic.")
+        if lacking := self._lacks(self.method):
+            raise InvalidInputError(f"{lacking}.")
 
     def _count_recordings(self) -> None:
         counts: dict[str, Any] = {}

@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from counterflow.cockpit.session import METHODS, Session, SessionSettings
+from counterflow.cockpit.session import Session, SessionSettings
+from counterflow.cockpit.targets import METHODS
 from counterflow.errors import CounterflowError, InvalidInputError
 from counterflow.reasoners import Reasoner
 

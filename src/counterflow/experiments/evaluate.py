@@ -187,14 +187,7 @@ def load_prior(env: str, policy: str | None = None, device: str = "cpu") -> Base
     """
     check_env_name(env)
     if policy is not None:
-        found: BasePolicy = load(policy, device)
-        if hasattr(found, "for_environment"):
-            spec = describe(env)
-            found = found.for_environment(spec.action_layout, spec.action_low, spec.action_high, spec.task)
-        elif isinstance(found, GeneralistPolicy):
-            spec = describe(env)
-            found = found.for_task(spec.task, spec.observation_layout)
-        return found
+        return adapted(load(policy, device), env)
     family = family_of(env)
     if family not in SHIPPED_PRIORS:
         raise MismatchError(
@@ -203,6 +196,18 @@ def load_prior(env: str, policy: str | None = None, device: str = "cpu") -> Base
         )
     shipped: BasePolicy = load(SHIPPED_PRIORS[family], device)
     return shipped
+
+
+def adapted(policy: BasePolicy, env: str) -> BasePolicy:
+    """Return a policy as it acts in an environment: LeRobot's with layout and limits, a generalist for the task."""
+    if hasattr(policy, "for_environment"):
+        spec = describe(env)
+        fitted: BasePolicy = policy.for_environment(spec.action_layout, spec.action_low, spec.action_high, spec.task)
+        return fitted
+    if isinstance(policy, GeneralistPolicy):
+        spec = describe(env)
+        return policy.for_task(spec.task, spec.observation_layout)
+    return policy
 
 
 def check_episodes(episodes: int) -> int:

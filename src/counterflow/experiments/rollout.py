@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from torch import Tensor
 from counterflow.envs import Batch, EnvSpec, VectorEnv
 from counterflow.envs.types import Image
 from counterflow.errors import InvalidInputError, MismatchError
-from counterflow.policies import BasePolicy
+from counterflow.policies import ActionSpec
 from counterflow.random import RowGenerators, child_seed
 from counterflow.reasoners import OGBENCH, Convention, Direction, Reasoner, View, to_reference
 from counterflow.steering import Plan, SteeredPolicy
@@ -117,7 +117,16 @@ class _Averages:
         return float(np.mean(values)) if values else float("nan")
 
 
-def check_fit(policy: BasePolicy, spec: EnvSpec) -> None:
+class Acts(Protocol):
+    """Anything with an action space."""
+
+    @property
+    def action_spec(self) -> ActionSpec:
+        """The action space."""
+        ...
+
+
+def check_fit(policy: Acts, spec: EnvSpec) -> None:
     """Raise `MismatchError` unless the policy's actions and observations are the environment's."""
     if policy.action_spec.dim != spec.action_dim:
         raise MismatchError(

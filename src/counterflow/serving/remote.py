@@ -21,7 +21,7 @@ from websockets.sync.client import connect
 
 from counterflow.errors import CounterflowError, InvalidInputError, MismatchError, ServingError
 from counterflow.layout import ActionLayout
-from counterflow.policies import ActionSpec
+from counterflow.policies import ActionSpec, Normaliser
 from counterflow.reasoners import OGBENCH, Convention, Direction, to_reference
 from counterflow.serving.messages import MessageLimits, pack, unpack
 from counterflow.serving.requests import RESERVED
@@ -216,12 +216,16 @@ class RemotePolicy:
         if self.metadata.get("server") != "counterflow" or not isinstance(told, dict):
             return None
         try:
-            layout = told["layout"]
+            layout, scaled = told["layout"], told.get("normalisation")  # older servers don't tell the latter
             return ActionSpec(
                 told["horizon"],
                 told["dim"],
                 None if told["low"] is None else tuple(told["low"]),
                 None if told["high"] is None else tuple(told["high"]),
+                None
+                if scaled is None
+                else Normaliser(torch.tensor(scaled["offset"]), torch.tensor(scaled["scale"]), scaled["kind"]),
+                executed=told.get("executed"),
                 layout=None
                 if layout is None
                 else ActionLayout(
@@ -258,18 +262,20 @@ class RankedPlan:
         actions: (H, A) environment units, what to execute.
         candidates: (N, H, A) all that the server gave.
         chosen: which of them.
+        noise: (H, A + padding) where its flow started, normalised; None where the server doesn't say.
     """
 
     actions: npt.NDArray[np.float32]
     candidates: npt.NDArray[np.float32]
     chosen: int
+    noise: npt.NDArray[np.float32] | None = None
 
 
 class RankedRemote:
     """Sample-and-rank over a server: ask n times, keep the chunk that is nearest to the reference.
 
-    The server must draw anew each time. The distance is measured in the action space's normalised units: give the `RemotePolicy`
-    a spec with a normaliser where the dimensions' sizes differ.
+    The server must draw anew each time. The distance is measured in the action space's normalised units, which a Counterflow
+    server tells; for others give the `RemotePolicy` a spec with a normaliser where the dimensions' sizes differ.
 
     Args:
         remote: the policy.
@@ -309,7 +315,8 @@ class RankedRemote:
         reference = self._reference(steer)
         silent = reference is None or not bool(reference.active.any())
         count = 1 if silent else self._edit.candidates
-        chunks = np.stack([self.remote.infer(observation)["actions"] for _ in range(count)]).astype(np.float32)
+        answers = [self.remote.infer(observation) for _ in range(count)]
+        chunks = np.stack([answer["actions"] for answer in answers]).astype(np.float32)
         if count > 1 and (chunks == chunks[0]).all():
             raise MismatchError(
                 f"{self.remote.url} gave the same chunk {count} times: it does not draw its noise anew, so there is nothing to "
@@ -318,7 +325,7 @@ class RankedRemote:
         normalised = self.spec.normalise(torch.from_numpy(chunks))[None]
         kept = self._edit(normalised, SteeringContext(None, 1, reference))[0, 0]
         chosen = int((normalised[0] == kept).flatten(1).all(1).int().argmax())
-        return RankedPlan(chunks[chosen], chunks, chosen)
+        return RankedPlan(chunks[chosen], chunks, chosen, answers[chosen].get("noise"))
 
     def _reference(self, steer: Direction | Reference | npt.NDArray[Any] | None) -> Reference | None:
         if steer is None:

@@ -245,6 +245,13 @@ class ServedPolicy:
                 "executed": spec.executed,
                 "low": None if spec.low is None else list(spec.low),
                 "high": None if spec.high is None else list(spec.high),
+                "normalisation": None
+                if spec.normaliser is None
+                else {
+                    "offset": spec.normaliser.offset.tolist(),
+                    "scale": spec.normaliser.scale.tolist(),
+                    "kind": spec.normaliser.kind,
+                },
                 "layout": None
                 if spec.layout is None
                 else {

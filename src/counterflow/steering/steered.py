@@ -247,7 +247,7 @@ class SteeredPolicy:
             evaluations=counter.evaluations * copies,
             features=features_of(self, context) if hasattr(frozen(self), "features") else None,
         )
-        return _with_diagnostics(plan, self.action_spec)
+        return with_diagnostics(plan, self.action_spec)
 
     def _counted(self) -> tuple[SteeredPolicy, _Counted]:
         """Return this policy over a base that counts, and the count."""
@@ -326,7 +326,7 @@ def _rows_of(observation: Tensor | npt.NDArray[Any] | dict[str, Any]) -> int:
     return int(shape[0])
 
 
-def _with_diagnostics(plan: Plan, spec: ActionSpec) -> Plan:
+def with_diagnostics(plan: Plan, spec: ActionSpec) -> Plan:
     """Fill in how far the plan's noise and result are from what the prior and the reference would have."""
     noise = plan.noise[..., : spec.dim]
     # A sum of n squared standard normals: chi-square, whose distribution function is the regularised gamma function.

@@ -46,6 +46,8 @@ function connect() {
     retry = 500;
     socket.send(JSON.stringify({ type: "hello", client, token, watch: location.search.includes("watch") }));
     $("curtain").hidden = true;
+    shownNote = 0; // a server that was started anew counts from one
+    $("notes").replaceChildren();
   };
   socket.onmessage = ({ data }) => (typeof data === "string" ? hear(JSON.parse(data)) : picture(data));
   socket.onclose = ({ code, reason }) => {
@@ -278,7 +280,9 @@ function show(next) {
   showBanner(episode);
   $("pause").querySelector("span").textContent = state.state === "driving" ? "Pause" : "Go on";
   $("pause").hidden = state.state === "finished" || state.state === "failed";
-  $("keep").hidden = $("discard").hidden = state.state !== "finished" || episode.kept !== "";
+  const undecided = state.state === "finished" && episode.kept === "";
+  $("keep").hidden = !undecided || !state.keeps;
+  $("discard").hidden = !undecided;
   $("restart").hidden = state.state !== "failed";
   $("gripper-state").textContent = state.gripper;
   showMethods();
@@ -287,6 +291,10 @@ function show(next) {
     if (document.activeElement !== input) { input.value = state.settings[name]; input.nextElementSibling.value = state.settings[name]; }
   }
   for (const row of document.querySelectorAll("[data-of]")) row.hidden = row.dataset.of !== state.method;
+  for (const name of ["reversal_steps", "magnitude", "tau", "candidates"]) {
+    $(name).disabled = !drives() || !state.adjustable.includes(name);
+    $(name).title = state.adjustable.includes(name) ? "" : "Set where the policy is served.";
+  }
   options($("pilot"), ["", ...state.pilots].map((name) => [name, PILOTS[name] ?? name]), state.pilot);
   $("noise-row").hidden = !state.noise_policies.length;
   options($("noise-policy"), state.noise_policies.map((name) => [name, name]), state.noise_policy);
@@ -312,7 +320,7 @@ function showBanner(episode) {
   banner.classList.toggle("bad", !(state.state === "finished" && episode.success));
   const kept = { kept: "kept", discarded: "discarded" }[episode.kept];
   const small = document.createElement("small");
-  small.textContent = state.state === "paused" ? state.reason : kept ? `${kept}; R begins the next episode` : "K keeps it, X discards it, R begins the next";
+  small.textContent = state.state === "paused" ? state.reason : kept ? `${kept}; R begins the next episode` : !state.keeps ? "it can't be kept: the server tells no noises; R begins the next" : "K keeps it, X discards it, R begins the next";
   banner.replaceChildren(state.state === "paused" ? "Paused" : episode.success ? "Success" : "Out of time", small);
 }
 
@@ -328,12 +336,18 @@ function showMethods() {
       box.append(button);
     }
   }
-  for (const { name, available } of state.methods) {
+  for (const { name, lacks } of state.methods) {
     const button = box.querySelector(`[data-method="${name}"]`);
     button.setAttribute("aria-checked", String(name === state.method));
-    button.disabled = !available || !drives();
-    button.title = available ? LABELS[name][1] : name === "dsbc" ? "Train one first, or start with --noise-policy." : "Start with --critic.";
+    button.disabled = Boolean(lacks) || !drives();
+    button.title = lacks || LABELS[name][1];
   }
+  const missing = state.methods.filter(({ lacks }) => lacks);
+  $("lacking").hidden = !missing.length;
+  $("lacking").querySelector("ul").replaceChildren(...missing.map(({ name, lacks }) =>
+    Object.assign(document.createElement("li"), { textContent: `${LABELS[name][0]}: ${lacks}.` })));
+  $("target").hidden = !state.target;
+  $("target").textContent = `At ${state.target}`;
   $("method-about").textContent = LABELS[state.method][1];
 }
 
@@ -367,11 +381,11 @@ function showLearning() {
   const helped = corrections.episodes ? `; ${corrections.episodes} helped ${corrections.episodes === 1 ? "episode" : "episodes"}` : "";
   $("dataset").textContent = recordings.episodes || corrections.episodes
     ? `${recordings.successes} successes kept (${recordings.episodes} episodes, ${recordings.decisions} decisions)${helped}. Ten successes make a good start.`
-    : "Nothing is kept yet. Drive to a success and keep it.";
+    : state.keeps ? "Nothing is kept yet. Drive to a success and keep it." : "This server tells nothing of its noises, so there is nothing to keep or to learn from.";
   const { training } = state;
   const running = training?.state === "running";
   $("training").hidden = !training;
-  $("train").disabled = running || !drives() || !(recordings.successes > 0);
+  $("train").disabled = running || !drives() || !(recordings.successes > 0) || !state.keeps;
   $("stop-training").hidden = !running;
   $("use").hidden = training?.state !== "done";
   if (training) {
@@ -448,7 +462,7 @@ function showSeat() {
   $("seat-button").hidden = !(drives() ? seat.people > 1 : seat.free);
   $("seat-button").textContent = drives() ? "Hand over" : "Take the wheel";
   for (const control of document.querySelectorAll("[data-drives], .pads button, .stage-column .actions button:not(#help-button)")) control.disabled = !drives();
-  if (state) { showMethods(); showLearning(); }
+  if (state) show(state);
 }
 
 setInterval(() => {
