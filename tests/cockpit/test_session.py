@@ -18,10 +18,11 @@ from counterflow.cockpit.session import Here, Session, SessionSettings
 from counterflow.cockpit.targets import METHODS
 from counterflow.data import SteeringDataset
 from counterflow.errors import InvalidInputError, MismatchError, ReasonerError, UnknownNameError, WorkerError
+from counterflow.experiments.evaluate import load_prior
 from counterflow.flow import denoise
-from counterflow.policies import bind
+from counterflow.policies import FieldPolicy, bind
 from counterflow.reasoners import Direction
-from counterflow.steering import ChunkRegressor, binding_of
+from counterflow.steering import ChunkRegressor, MethodSettings, binding_of
 
 MakeSession = Callable[..., Session]
 MakePerson = Callable[[Session], Any]
@@ -70,6 +71,22 @@ def test_decisions_hold_what_was_executed_of_them(make_session: MakeSession) -> 
     executed = [len(one.step_actions) for one in session._episode.decisions]
     assert executed == [5, 2]
     assert [one.active for one in session._episode.decisions] == [True, True]
+
+
+def test_what_the_flow_gave_is_kept_as_it_gave_it(make_session: MakeSession) -> None:
+    shipped = load_prior("ogbench/cube-single-task1")
+    policy = FieldPolicy(lambda x, t, _: torch.full_like(x, 2.0), shipped.action_spec)  # whose flow leaves the limits
+    session = make_session(policy=policy, method="base", steering=MethodSettings(steps=5))
+    session.resume()
+    hold(session, "up", actions=10)
+    session.pause()
+    assert len(session._episode.decisions) == 2
+    for decision in session._episode.decisions:
+        given = decision.noise + 2.0
+        assert np.abs(given).max() > 1.5  # beyond the actions' limits, to which the chunk is held
+        assert decision.base_chunk is not None
+        np.testing.assert_allclose(decision.base_chunk, given, atol=1e-4)
+        np.testing.assert_allclose(decision.chunk, given.clip(-1, 1), atol=1e-4)
 
 
 def test_pictures_and_paths(make_session: MakeSession) -> None:
