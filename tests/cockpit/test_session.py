@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from counterflow.cockpit.session import Here, Session, SessionSettings
+from counterflow.cockpit.background import Daemons, Here
+from counterflow.cockpit.session import MOST_ABANDONED, Session, SessionSettings
 from counterflow.cockpit.targets import METHODS
 from counterflow.data import SteeringDataset
 from counterflow.errors import InvalidInputError, MismatchError, ReasonerError, UnknownNameError, WorkerError
@@ -343,7 +343,7 @@ class Slow:
 
     def __init__(self) -> None:
         self.asked = 0
-        self.let = threading.Event()
+        self.begun, self.let = threading.Event(), threading.Event()
         self.fails = False
 
     def reset(self, seed: int) -> None: ...
@@ -351,6 +351,7 @@ class Slow:
     def decide(self, view: Any) -> Direction:
         assert any(name.startswith("image/") for name in view)
         self.asked += 1
+        self.begun.set()
         assert self.let.wait(20)
         if self.fails:
             raise ReasonerError("the endpoint refuses.")
@@ -368,15 +369,14 @@ class TestASlowPilot:
             made.append(Slow())
             return made[-1]
 
-        with ThreadPoolExecutor(1) as pool:
-            monkeypatch.setattr(session, "_background", pool)
-            session._reasoners["vlm"] = slow
-            session.choose(pilot="vlm")
-            session.resume()
-            session.control.report([], 0.0)
-            yield session, made
-            for one in made:
-                one.let.set()
+        monkeypatch.setattr(session, "_questions", Daemons())
+        session._reasoners["vlm"] = slow
+        session.choose(pilot="vlm")
+        session.resume()
+        session.control.report([], 0.0)
+        yield session, made
+        for one in made:
+            one.let.set()
 
     def settle(self, session: Session) -> None:
         """Wait for the answer, and take it in."""
@@ -389,6 +389,7 @@ class TestASlowPilot:
         session, (slow,) = driven
         for _ in range(3):
             assert not session.advance(0.0)
+        assert slow.begun.wait(20)
         assert slow.asked == 1
         assert session.describe()["thinking"]
         assert not session.is_moving
@@ -422,6 +423,25 @@ class TestASlowPilot:
         self.settle(session)
         assert session.is_moving
         assert (made[0].asked, made[1].asked) == (1, 1)
+
+    def test_questions_that_hang_hold_up_nothing_and_do_not_pile_up(self, driven: Any) -> None:
+        session, made = driven
+        for episode in range(MOST_ABANDONED + 2):
+            session.advance(0.0)
+            assert (session._question is not None) == (episode < MOST_ABANDONED)
+            assert episode >= MOST_ABANDONED or made[episode].begun.wait(20)
+            assert sum(one.asked for one in made) == min(episode + 1, MOST_ABANDONED)
+            session.begin()
+            session.control.report([], 0.0)
+        hold(session, "up")  # keys go on to move the robot
+        assert session._episode.steps == 5
+        for one in made[:-1]:
+            one.let.set()
+        for future in session._abandoned:
+            future.result(20)
+        session.control.report([], 0.0)
+        session.advance(0.0)
+        assert session._question is not None
 
     def test_what_it_fails_with_pauses(self, driven: Any) -> None:
         session, (slow,) = driven

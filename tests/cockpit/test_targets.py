@@ -275,7 +275,7 @@ class TestACounterflowServer:
     ) -> None:
         with serving(prior) as server, ThreadPoolExecutor(1) as pool:
             session = make_session(policy=at(server))
-            monkeypatch.setattr(session, "_background", pool)
+            monkeypatch.setattr(session, "_questions", pool)
             let = threading.Event()
             first: Future[Any] = pool.submit(let.wait)  # nothing in the background gets anywhere
             session.resume()

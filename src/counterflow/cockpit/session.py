@@ -16,13 +16,14 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
 
+from counterflow.cockpit.background import Background, Daemons, Here
 from counterflow.cockpit.control import Control, Wish
 from counterflow.cockpit.overlay import executable, paths_of
 from counterflow.cockpit.tallies import MIXED, Outcome, Tallies
@@ -43,31 +44,11 @@ from counterflow.steering import ChunkCritic, ChunkRegressor, MethodSettings, Pl
 
 State = Literal["driving", "paused", "finished", "failed"]
 QUALITY = 82  # of the pictures, JPEG
+MOST_ABANDONED = 3  # questions that nobody waits for any more and that aren't answered yet; beyond it none is asked
 MOST_FRAMES = 4000  # of an episode's film
 UNKNOWN_NOISES = "what drives tells nothing of the noises of its flow, so there is nothing to learn from"
 HELPING = ("frs", "rank", "direct")
 """How somebody helps a noise policy: by the first of these that there is."""
-
-
-class Background(Protocol):
-    """Where what takes long is done: a `concurrent.futures` executor, or, in tests, right here."""
-
-    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
-        """Do it, sooner or later."""
-        ...
-
-
-class Here:
-    """Does everything at once."""
-
-    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
-        """Do it now."""
-        future: Future[Any] = Future()
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
 
 
 @dataclass(frozen=True)
@@ -207,6 +188,8 @@ class Session:
         background: where trainings and the keeping of episodes are done; None: right here.
         reasoners: who can be handed over to, by name, besides "script": functions that make one, given the task's name.
         make: makes the environment.
+        questions: where a pilot that may take seconds is asked; None: in threads that nobody waits for (right here without a
+            `background`).
 
     Raises:
         CounterflowError: the task is unknown, or the policy can't drive it, or this machine can't draw.
@@ -218,8 +201,12 @@ class Session:
         background: Background | None = None,
         reasoners: Mapping[str, Callable[[str], Reasoner]] | None = None,
         make: Callable[[SessionSettings], VectorEnv] | None = None,
+        questions: Background | None = None,
     ) -> None:
         self.settings = settings
+        if questions is None:
+            questions = Here() if background is None else Daemons()
+        self._questions: Background = questions
         self._background: Background = Here() if background is None else background
         self._make = _make_env if make is None else make
         self._env: VectorEnv | None = None
@@ -255,6 +242,7 @@ class Session:
         self.env_name = settings.env
         self._reasoner: Reasoner | None = None
         self._question: tuple[Future[Direction], int] | None = None  # what the pilot is asked, and at which step it was
+        self._abandoned: list[Future[Direction]] = []
         self._chunk: _Chunk | None = None
         self._open()
         self._count_recordings()
@@ -377,9 +365,7 @@ class Session:
         """
         if pilot not in ("", "policy", *self._reasoners):
             raise UnknownNameError("pilot", pilot, ("policy", *self._reasoners))
-        if self._question is not None:
-            self._question[0].cancel()
-        self._question = None
+        self._abandon_question()
         self._reasoner = self._reasoners[pilot](self.env_name) if pilot in self._reasoners else None
         self.pilot = pilot or None
         self.control.pilot = self.pilot is not None
@@ -475,8 +461,11 @@ class Session:
                 return answer.result()
             answer.exception()  # the robot has moved since it was asked: whatever it was, it is nobody's
         if self._question is None:
+            self._abandoned = [one for one in self._abandoned if not one.done()]
+            if len(self._abandoned) >= MOST_ABANDONED:
+                return None  # an endpoint that hangs is not asked ever more often
             view = seen_by(reasoner, self._require_env(), self._batch, 0)
-            self._question = (self._background.submit(reasoner.decide, view), self._episode.steps)
+            self._question = (self._questions.submit(reasoner.decide, view), self._episode.steps)
             if self._question[0].done():
                 return self._ask()
         return None
@@ -782,7 +771,7 @@ class Session:
         if not self.target.slow:
             self._drawn["fan"] = self._paths(self.target.fan(*asked), self._at)
         elif self._sampling is None:
-            self._sampling = self._background.submit(self.target.fan, *asked), self._at, self._drawn
+            self._sampling = self._questions.submit(self.target.fan, *asked), self._at, self._drawn
 
     def _take_samples(self) -> None:
         if self._sampling is not None and self._sampling[0].done():
@@ -859,12 +848,17 @@ class Session:
 
     def _reset_reasoner(self) -> None:
         if self._question is not None:
-            self._question[0].cancel()
-            self._question = None
+            self._abandon_question()
             if self.pilot in self._reasoners:  # the one that is thinking goes on doing so, and nobody listens
                 self._reasoner = self._reasoners[self.pilot](self.env_name)
         if self._reasoner is not None and hasattr(self, "_episode"):
             self._reasoner.reset(child_seed(self._episode.seed, "reasoner"))
+
+    def _abandon_question(self) -> None:
+        """Wait no longer for the pilot's answer. What it was asked goes on until it times out, in its own thread."""
+        if self._question is not None and not self._question[0].cancel():
+            self._abandoned.append(self._question[0])
+        self._question = None
 
     def _load_learned(self) -> None:
         """Load what was learned in this folder before, and what was given."""
