@@ -20,7 +20,7 @@ LEROBOT_EXTRAS := smolvla,pi,multi-task-dit,diffusion,dataset,evaluation,core-sc
 COUNTERFLOW_LIBERO_ASSETS ?= $(abspath $(wildcard ../shared/libero_assets))
 export COUNTERFLOW_LIBERO_ASSETS
 
-.PHONY: help setup rendering demo test core lerobot lint types doors check-python check-python312 clean
+.PHONY: help setup rendering browser demo test core lerobot lint types doors check-python check-python312 clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -46,6 +46,10 @@ rendering: $(READY)
 	@echo "== system libraries for rendering"
 	@sh scripts/rendering.sh $(BIN)/python
 
+browser:
+	@echo "== a browser for the tests of the cockpit's page"
+	@sh scripts/browser.sh
+
 demo: setup
 	@echo "== the demo: base policy against Flow Reversal Steering (about two minutes)"
 	@$(BIN)/counterflow demo
@@ -67,7 +71,7 @@ doors: $(READY)
 test:
 	@$(MAKE) --no-print-directory -j 2 --output-sync=line core lerobot
 
-core: setup lint types doors
+core: setup browser lint types doors
 	@echo "== tests"
 	@$(BIN)/pytest -n auto
 

@@ -43,21 +43,36 @@ QUICK = DSBCConfig(RegressorConfig(members=2, width=16), steps=60, evaluate_ever
 class Served:
     """The cockpit with a simulator in a process of its own."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, policy: str | None = None) -> None:
         self.session: Session | None = None
 
         def make(background: Any) -> Session:
-            self.session = Session(SessionSettings(TASK, out, size=96, stale_after=2, distillation=QUICK), background)
+            settings = SessionSettings(TASK, out, policy=policy, size=96, stale_after=2, distillation=QUICK)
+            self.session = Session(settings, background)
             return self.session
 
         self.driver = Driver(make)
         self.driver.start()
         self.server = make_server(Cockpit(self.driver, CockpitSettings(port=0)))
-        self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()))
+        self.thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
         self.thread.start()
         while not self.server.started:
             threading.Event().wait(0.01)
         self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}/"
+
+    async def _serve(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        await self.server.serve()
+
+    @property
+    def cockpit(self) -> Cockpit:
+        made: Cockpit = self.server.config.app.state.cockpit  # type: ignore[union-attr]
+        return made
+
+    def cut(self) -> None:
+        """Cut every line, as a network does that fails."""
+        for client in list(self.cockpit._clients):
+            asyncio.run_coroutine_threadsafe(client.socket.close(1011), self.loop).result(30)
 
     def stop(self) -> None:
         self.server.should_exit = True
@@ -74,7 +89,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with sync_playwright() as playwright:
-        made = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
+        made = playwright.chromium.launch(
+            executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        )
         yield made
         made.close()
 
@@ -84,14 +101,18 @@ def open_page(browser: Any, served: Served) -> Iterator[Callable[..., Any]]:
     pages: list[Any] = []
     faults: list[str] = []
 
-    def open_one(width: int = 1280, height: int = 720, *, strict: bool = False) -> Any:
+    def open_one(
+        width: int = 1280, height: int = 720, *, strict: bool = False, url: str = served.url, script: str = ""
+    ) -> Any:
         # Playwright's own waiting evaluates strings, which the page's security policy forbids: `strict` leaves it in force.
         context = browser.new_context(viewport={"width": width, "height": height}, bypass_csp=not strict)
         page = context.new_page()
         page.set_default_timeout(PATIENCE)
         page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: faults.append(str(error)))
-        page.goto(served.url)
+        if script:
+            page.add_init_script(script)
+        page.goto(url)
         page.wait_for_selector("#picture[data-frame]")
         pages.append(page)
         return page
@@ -101,16 +122,21 @@ def open_page(browser: Any, served: Served) -> Iterator[Callable[..., Any]]:
         page.context.close()
     # The seat is kept for who might come back; the next test's page is somebody else.
     threading.Event().wait(0.2)
-    served_seats(served).driver = None
+    served.cockpit.seats.driver = None
     assert not faults
-
-
-def served_seats(served: Served) -> Any:
-    return served.server.config.app.state.cockpit.seats
 
 
 def state_of(page: Any, *states: str) -> None:
     page.wait_for_function(f"{list(states)}.includes(document.querySelector('#stage').dataset.state)")
+
+
+def reach(page: Any, selector: str) -> None:
+    """Go to an element with the Tab key alone."""
+    for _ in range(80):
+        if page.evaluate(f"document.activeElement?.matches({selector!r})"):
+            return
+        page.keyboard.press("Tab")
+    raise AssertionError(f"Tab does not reach {selector}")
 
 
 def drive(page: Any, served: Served, most: int = 150) -> bool:
@@ -119,7 +145,11 @@ def drive(page: Any, served: Served, most: int = 150) -> bool:
     assert session is not None
     reasoner.reset(0)
     names = {axes: name for name, axes in session.control.ways.items()}
-    page.click("#tap")
+    if page.get_attribute("#tap", "aria-checked") == "false":
+        reach(page, "#tap")
+        page.keyboard.press("Enter")
+        page.keyboard.press("Escape")
+        assert page.evaluate("document.activeElement === document.body")
     for _ in range(most):
         if session.state not in ("driving", "paused"):
             break
@@ -137,7 +167,7 @@ def drive(page: Any, served: Served, most: int = 150) -> bool:
 
 
 def test_from_key_presses_to_a_trained_policy(open_page: Callable[..., Any], served: Served) -> None:
-    """Keyboard only: drive to success, keep, again, train, switch to what was trained."""
+    """With the keyboard alone: drive to success, keep, again, train, switch to what was trained, film, download."""
     page = open_page()
     assert drive(page, served)
     page.wait_for_selector("#banner:has-text('Success')")
@@ -152,14 +182,16 @@ def test_from_key_presses_to_a_trained_policy(open_page: Callable[..., Any], ser
     page.keyboard.press("t")
     page.wait_for_selector("#training-text:has-text('is ready')")
     assert page.locator("#curve polyline").count() == 2
-    page.click("#use")
+    reach(page, "#use")
+    page.keyboard.press("Enter")
     page.wait_for_selector("[data-method=dsbc][aria-checked=true]")
     page.keyboard.press("r")
     page.wait_for_function("Number(document.querySelector('#picture').dataset.step) > 5")
     page.keyboard.press("f")
     page.wait_for_selector("#exports :text('.mp4')")
+    reach(page, "#exports button")
     with page.expect_download() as download:
-        page.click("#exports :text('noise-policy-1.safetensors')")
+        page.keyboard.press("Enter")
     assert Path(download.value.path()).stat().st_size > 1000
     page.keyboard.press("a")  # nobody drives on
     page.keyboard.press("5")
@@ -207,6 +239,79 @@ def test_a_second_page_watches_and_a_reload_goes_on(open_page: Callable[..., Any
     page.wait_for_selector("#seat-text:has-text('you are watching')")
 
 
+def test_a_lost_line_stands_still_says_so_and_comes_back(open_page: Callable[..., Any], served: Served) -> None:
+    page = open_page()
+    session = served.session
+    assert session is not None
+    page.keyboard.press("r")
+    state_of(page, "driving")
+    page.keyboard.down("s")
+    page.wait_for_function("Number(document.querySelector('#picture').dataset.step) > 2")
+    index = session._episode.index
+    served.cut()
+    page.wait_for_selector("#curtain:has-text('The robot stands still')")
+    page.wait_for_selector("#curtain", state="hidden")
+    page.wait_for_selector("#seat-text:has-text('you drive')")
+    state_of(page, "driving")
+    page.wait_for_selector("#state:has-text('your turn')")  # the key was let go with the line, though it is still down
+    assert session._episode.index == index
+    steps = session._episode.steps
+    page.wait_for_timeout(300)
+    assert session._episode.steps == steps
+    page.keyboard.up("s")
+    page.keyboard.down("w")
+    page.wait_for_function(f"Number(document.querySelector('#picture').dataset.step) > {steps}")
+    page.keyboard.up("w")
+
+
+def test_a_gamepad_drives(open_page: Callable[..., Any], served: Served) -> None:
+    """Chromium without hands has no gamepad: its API is given one, as a real one would be reported."""
+    pad = """window.pad = {axes: [0, 0, 0, 0], buttons: Array.from({length: 17}, () => ({pressed: false, value: 0}))};
+    navigator.getGamepads = () => [null, window.pad];"""
+    page = open_page(script=pad)
+    session = served.session
+    assert session is not None
+    page.keyboard.press("r")
+    state_of(page, "driving")
+    page.evaluate("window.pad.axes[0] = -0.9")
+    page.wait_for_selector("[data-way=left].on")
+    page.wait_for_function("Number(document.querySelector('#picture').dataset.step) > 3")
+    page.evaluate("window.pad.axes[0] = 0.1")
+    page.wait_for_selector("#state:has-text('your turn')")
+    told = page.inner_text("#gripper-state")
+    page.evaluate("window.pad.buttons[0].pressed = true")
+    page.wait_for_function(f"document.querySelector('#gripper-state').textContent !== '{told}'")
+    page.evaluate("window.pad.buttons[0].pressed = false")
+
+
+def test_what_a_server_does_not_offer_is_greyed_out_with_the_reason(
+    open_page: Callable[..., Any], tmp_path: Path
+) -> None:
+    from counterflow.experiments.evaluate import load_prior
+    from counterflow.serving import ServedPolicy, ServerSettings, running
+    from counterflow.steering import steer
+
+    steered = ServedPolicy(steer(load_prior(TASK), "base"), name="cube-single", method="base")
+    with running(steered, ServerSettings(port=0)) as server:
+        served = Served(tmp_path / "run", server.url)
+        try:
+            page = open_page(url=served.url)
+            assert server.url in page.inner_text("#target")
+            disabled = "[...document.querySelectorAll('#methods [disabled]')].map((one) => one.dataset.method)"
+            assert page.evaluate(disabled) == ["partial", "frs", "dsbc", "guided"]
+            page.click("#lacking summary")
+            assert "start it with 'counterflow serve ... --steer frs'" in page.inner_text("#lacking ul")
+            assert page.locator("#reversal_steps").is_disabled()
+            assert page.locator("#candidates").is_enabled()
+            page.keyboard.down("w")
+            page.wait_for_function("Number(document.querySelector('#picture').dataset.step) > 3")
+            page.keyboard.up("w")
+            page.wait_for_selector("#state:has-text('your turn')")
+            page.context.close()
+        finally:
+            served.stop()
+
+
 def test_a_killed_simulator_shows_and_comes_back(open_page: Callable[..., Any], served: Served) -> None:
     page = open_page()
     page.keyboard.press("r")
@@ -239,5 +344,13 @@ def test_everything_can_be_read(open_page: Callable[..., Any], width: int, heigh
     picture = page.locator("#stage").bounding_box()
     assert picture["width"] >= 300
     assert picture["y"] + picture["height"] <= height
+    for control in ("[data-way=nearer]", "#gripper", "#pause", "#reset"):
+        box = page.locator(control).bounding_box()
+        assert box["y"] + box["height"] <= height  # nobody scrolls while driving
+        assert box["height"] >= 36  # a finger's
+    page.click("#methods [data-method=base]")
+    page.evaluate("document.querySelector('#methods [data-method=guided]').disabled = false")
+    page.click("#methods [data-method=guided]")
+    page.locator("#alert:has-text('needs a critic')").wait_for()  # what is refused is said where one looks
     page.keyboard.press("?")
     assert page.locator("#help").is_visible()

@@ -436,6 +436,34 @@ class TestCommands:
         arguments = ["eval", "ogbench/cube-single-task1", *policy, "--steer", "dsbc", "--noise-policy", str(learned)]
         assert main([*arguments, "--episodes", "1", "--num-envs", "1", "--json", str(tmp_path / "dsbc.json")]) == 0
 
+    def test_drive_by_hand(self, states: Path, tmp_path: Path) -> None:
+        from counterflow.cockpit.session import Session, SessionSettings
+        from counterflow.cockpit.targets import LocalTarget
+        from counterflow.data import SteeringDataset
+        from counterflow.envs import describe
+
+        first, second = "ogbench/cube-single-task1", "ogbench/cube-single-task2"
+        session = Session(SessionSettings(first, tmp_path, policy=f"lerobot:{states}", size=64, workers=0))
+        try:
+            for task in (first, second):
+                if task != first:
+                    session.go_to(task)
+                assert isinstance(session.target, LocalTarget)
+                assert session.target.policy.task == describe(task).task  # type: ignore[attr-defined]
+                session.resume()
+                for tick in range(10):
+                    session.control.report(["up"], 0.05 * tick)
+                    assert session.advance(0.05 * tick)
+                # Of a chunk's 8 actions the policy's n_action_steps = 5 are executed.
+                assert [len(one.step_actions) for one in session._episode.decisions] == [5, 5]
+                session._finish()
+                session.keep()
+                session.advance(0.0)
+            assert [note["kind"] for note in session.notes] == ["done", "done"], session.notes
+            assert SteeringDataset.load(tmp_path / "recordings").binding == binding_of(load_lerobot(states), 5)
+        finally:
+            session.close()
+
     def test_a_policy_with_cameras_is_refused_there(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         from counterflow.cli import main
 

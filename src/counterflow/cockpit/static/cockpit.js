@@ -140,7 +140,8 @@ addEventListener("keydown", (event) => {
     KeyG: () => grip("policy"), KeyA: togglePilot, KeyP: togglePause, KeyR: () => command("reset"), KeyN: nextTask,
     KeyK: () => command("keep"), KeyX: () => command("discard"), KeyT: () => command("train"), KeyF: () => command("film"),
   }[event.code];
-  if (act && !typing) act();
+  if (event.code === "Escape") document.activeElement?.blur(); // back from Tab to the driving keys
+  else if (act && !typing) act();
   else if (event.key === "?") $("help").showModal();
 });
 addEventListener("keyup", (event) => { less = event.shiftKey; const way = KEYS[event.code]; if (way) release(way); });
@@ -254,7 +255,7 @@ function overlay(about) {
   for (const path of about.reference ?? []) { line(path, "reference-path"); if (path.length) dot(path.at(-1), 11, "reference-head"); }
   for (const path of about.chunk ?? []) { line(path, "chunk-path"); if (path.length) dot(path.at(-1), 13, "chunk-head"); }
   if (about.gripper?.every((value) => value !== null)) dot(about.gripper, 7, "gripper-dot");
-  $("agreement").textContent = about.agreement == null ? "" : `follows you ${Math.round(100 * about.agreement)}%`;
+  $("agreement").textContent = about.agreement == null ? "" : about.agreement < 0 ? "goes its own way" : `follows you ${Math.round(100 * about.agreement)}%`;
 }
 
 // Everything else
@@ -300,7 +301,9 @@ function show(next) {
   options($("noise-policy"), state.noise_policies.map((name) => [name, name]), state.noise_policy);
   showTallies();
   showLearning();
+  const old = shownNote === 0; // what was said before this page came is no news
   for (const one of state.notes) if (one.number > shownNote) { shownNote = one.number; note(one.text, one.kind); }
+  if (old) $("alert").hidden = true;
 }
 
 function options(select, pairs, value) {
@@ -448,7 +451,14 @@ function curve(points) {
   }
 }
 
+let alerting = 0;
 function note(text, kind = "info") {
+  if (kind === "error" && state?.state !== "failed") { // that has a banner of its own
+    $("alert").textContent = text;
+    $("alert").hidden = false;
+    clearTimeout(alerting);
+    alerting = setTimeout(() => { $("alert").hidden = true; }, 6000);
+  }
   const item = document.createElement("li");
   item.className = kind;
   item.textContent = text;
