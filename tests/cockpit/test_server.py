@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -18,6 +19,9 @@ pytest.importorskip("fastapi", reason="the cockpit's page needs the extra 'cockp
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+import counterflow.cockpit.server as cockpit_server
+from counterflow.cli import parse
+from counterflow.cli_cockpit import Cockpit as CockpitCommand
 from counterflow.cockpit.driver import Driver
 from counterflow.cockpit.seats import Seats
 from counterflow.cockpit.server import Cockpit, CockpitSettings, make_server, unpack_frame
@@ -190,7 +194,7 @@ def test_messages_are_bounded(place: tuple[Cockpit, int]) -> None:
     _, port = place
     with Page(port, "too-large-1", watch=True) as page:
         page.socket.send("x" * 100_000)
-        with pytest.raises(ConnectionClosed):
+        with pytest.raises(ConnectionClosed, match="1009"):
             page.until(lambda _: False)
     with Page(port, "afterwards1", watch=True) as page:
         page.until(lambda page: bool(page.state))
@@ -201,6 +205,10 @@ def test_pages_of_other_origins_and_names_are_refused(place: tuple[Cockpit, int]
     for origin in ("http://evil.example", f"http://127.0.0.1:{port + 1}", "null"):
         with pytest.raises(InvalidStatus):
             connect(f"ws://127.0.0.1:{port}/drive", origin=origin)  # type: ignore[arg-type]
+    # A name of somebody else's that points here: host and origin agree, and are not this server's.
+    line = socket.create_connection(("127.0.0.1", port))
+    with pytest.raises(InvalidStatus):
+        connect(f"ws://evil.example:{port}/drive", sock=line, origin=f"http://evil.example:{port}")  # type: ignore[arg-type]
     request = urllib.request.Request(f"http://127.0.0.1:{port}/", headers={"Host": "evil.example"})
     with pytest.raises(urllib.error.HTTPError, match="421"):
         urllib.request.urlopen(request)
@@ -213,6 +221,44 @@ def test_the_page_and_its_headers(place: tuple[Cockpit, int]) -> None:
         assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
     for name in ("cockpit.js", "cockpit.css", "icon.svg"):
         assert urllib.request.urlopen(f"http://127.0.0.1:{port}/static/{name}").status == 200
+
+
+def test_so_many_people_and_no_more(place: tuple[Cockpit, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, port = place
+    with Page(port, "the-first-1", watch=True) as page:
+        page.until(lambda page: bool(page.state))
+        monkeypatch.setattr(cockpit_server, "MOST_PEOPLE", 1)
+        with Page(port, "the-second1", watch=True) as other, pytest.raises(ConnectionClosed, match="too many"):
+            other.until(lambda _: False)
+
+
+def test_the_command_stays_at_home_or_asks_for_a_token(tmp_path: Path) -> None:
+    def settings(*arguments: str) -> CockpitSettings:
+        command = parse(["cockpit", TASK, *arguments])
+        assert isinstance(command, CockpitCommand)
+        return command.page_settings()
+
+    assert (settings().host, settings().token) == ("127.0.0.1", None)
+    made = settings("--host", "0.0.0.0").token
+    assert made is not None
+    assert len(made) >= 32
+    assert settings("--host", "0.0.0.0").token != made
+    (tmp_path / "token").write_text(TOKEN + "\n")
+    assert settings("--token-file", str(tmp_path / "token")).token == TOKEN
+    with pytest.raises(InvalidInputError, match="can't be read"):
+        settings("--token-file", str(tmp_path / "missing"))
+
+
+def test_no_file_is_reached_by_a_name_from_the_page(place: tuple[Cockpit, int]) -> None:
+    _, port = place
+    with Page(port, "namer-00001") as page:
+        page.until(lambda page: page.role == "driver" and bool(page.state))
+        page.say(type="choose", method="dsbc", noise_policy="../../elsewhere")
+        page.until(lambda page: any("elsewhere" in note["text"] for note in page.state["notes"]))
+        page.say(type="task", env="../../elsewhere")
+        page.until(lambda page: any("task of this family" in note["text"] for note in page.state["notes"]))
+        page.say(type="seat", take=False)
+        page.until(lambda page: page.role == "viewer")
 
 
 @pytest.mark.parametrize(

@@ -260,9 +260,6 @@ class Cockpit:
     async def _listen(self, client: _Client) -> None:
         while True:
             text = await client.socket.receive_text()
-            if len(text) > LARGEST:
-                await _close(client.socket, 1009, "the message is too large")
-                return
             try:
                 message = MESSAGE.validate_json(text)
             except ValidationError as error:
