@@ -303,6 +303,8 @@ def test_what_a_server_does_not_offer_is_greyed_out_with_the_reason(
             assert "start it with 'counterflow serve ... --steer frs'" in page.inner_text("#lacking ul")
             assert page.locator("#reversal_steps").is_disabled()
             assert page.locator("#candidates").is_enabled()
+            page.keyboard.press("5")
+            page.wait_for_selector("#alert:has-text('--steer frs')")  # the keyboard is told, too
             page.keyboard.down("w")
             page.wait_for_function("Number(document.querySelector('#picture').dataset.step) > 3")
             page.keyboard.up("w")

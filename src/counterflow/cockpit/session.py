@@ -349,7 +349,7 @@ class Session:
         if pilot is not None and pilot not in ("", "policy", *self._reasoners):
             raise UnknownNameError("pilot", pilot, ("policy", *self._reasoners))
         if lacking := self._lacks(wanted):
-            raise InvalidInputError(f"{lacking}.")
+            raise InvalidInputError(f"{wanted!r} can't be chosen: {lacking}.")
         if wanted == "dsbc":
             self.target.check_learned(self.learned[str(chosen)])
         self.steering, self.noise_policy, self.method = steering, chosen, wanted
@@ -878,7 +878,7 @@ class Session:
             self.learned[settings.noise_policy.stem] = given
         self.noise_policy = next(reversed(self.learned), None)
         if lacking := self._lacks(self.method):
-            raise InvalidInputError(f"{lacking}.")
+            raise InvalidInputError(f"{self.method!r} can't be chosen: {lacking}.")
 
     def _count_recordings(self) -> None:
         counts: dict[str, Any] = {}

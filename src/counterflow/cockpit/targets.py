@@ -247,7 +247,7 @@ class LocalTarget:
         if not self._has_flow and method != "base":
             return "this policy makes its chunk in a single step: there is no flow to steer"
         if method == "guided" and self.critic is None:
-            return "'guided' needs a critic; start the cockpit with --critic"
+            return "it needs a critic; start the cockpit with --critic"
         return ""
 
     def check(self, steering: MethodSettings) -> None:

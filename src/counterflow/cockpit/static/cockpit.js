@@ -33,6 +33,7 @@ let sequence = 0;
 let tapping = false;
 let less = false;
 let shownNote = 0;
+let arriving = true;
 const held = new Set();      // by keyboard and buttons
 let padded = new Set();      // by gamepad
 const drawn = [];            // times of the last pictures
@@ -46,6 +47,7 @@ function connect() {
     retry = 500;
     socket.send(JSON.stringify({ type: "hello", client, token, watch: location.search.includes("watch") }));
     $("curtain").hidden = true;
+    arriving = true;
     shownNote = 0; // a server that was started anew counts from one
     $("notes").replaceChildren();
   };
@@ -301,9 +303,9 @@ function show(next) {
   options($("noise-policy"), state.noise_policies.map((name) => [name, name]), state.noise_policy);
   showTallies();
   showLearning();
-  const old = shownNote === 0; // what was said before this page came is no news
   for (const one of state.notes) if (one.number > shownNote) { shownNote = one.number; note(one.text, one.kind); }
-  if (old) $("alert").hidden = true;
+  if (arriving) $("alert").hidden = true; // what was said before this page came is no news
+  arriving = false;
 }
 
 function options(select, pairs, value) {
