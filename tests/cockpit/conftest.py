@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -91,3 +93,16 @@ class Person:
 @pytest.fixture
 def make_person() -> type[Person]:
     return Person
+
+
+@pytest.fixture(scope="session")
+def stand_in() -> Any:
+    """The module of the endpoint that stands in for a VLM."""
+    place = Path(__file__).parents[1] / "reasoners" / "stand_in.py"
+    spec = importlib.util.spec_from_file_location("cockpit_stand_in", place)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module

@@ -237,6 +237,13 @@ def test_a_second_page_watches_and_a_reload_goes_on(open_page: Callable[..., Any
     second.click("#seat-button")
     second.wait_for_selector("#seat-text:has-text('you drive')")
     page.wait_for_selector("#seat-text:has-text('you are watching')")
+    second.keyboard.press("r")
+    state_of(page, "driving")
+    second.close()  # the driver's tab
+    page.wait_for_selector("#banner:has-text('the driver\\'s page has gone')")
+    steps = session._episode.steps
+    page.wait_for_timeout(300)
+    assert session._episode.steps == steps
 
 
 def test_a_lost_line_stands_still_says_so_and_comes_back(open_page: Callable[..., Any], served: Served) -> None:

@@ -17,11 +17,13 @@ from counterflow.cockpit.background import Daemons, Here
 from counterflow.cockpit.session import MOST_ABANDONED, Session, SessionSettings
 from counterflow.cockpit.targets import METHODS
 from counterflow.data import SteeringDataset
+from counterflow.envs import describe
 from counterflow.errors import InvalidInputError, MismatchError, ReasonerError, UnknownNameError, WorkerError
 from counterflow.experiments.evaluate import load_prior
 from counterflow.flow import denoise
 from counterflow.policies import FieldPolicy, bind
 from counterflow.reasoners import Direction
+from counterflow.reasoners.vlm import VLMClient, VLMReasoner, VLMSettings
 from counterflow.steering import ChunkRegressor, MethodSettings, binding_of
 
 MakeSession = Callable[..., Session]
@@ -451,6 +453,26 @@ class TestASlowPilot:
         self.settle(session)
         assert session.state == "paused"
         assert "refuses" in session.reason
+
+
+def test_a_vlm_is_handed_the_wheel(make_session: MakeSession, stand_in: Any, tmp_path: Path) -> None:
+    """The real reasoner, over a real line, and an endpoint that fails once and answers "down" otherwise."""
+    pytest.importorskip("openai", reason="a VLM as the reasoner needs the extra 'vlm'")
+    with stand_in.stand_in() as server:
+        server.faults.append(stand_in.Fault(status=500))
+        client = VLMClient(VLMSettings("stand-in", server.url, back_off=0.01, cache=False), tmp_path / "vlm")
+        session = make_session()
+        session._reasoners["vlm"] = lambda env: VLMReasoner(client, describe(env).task)
+        session.choose(pilot="vlm")
+        session.resume()
+        before = height(session)
+        for tick in range(12):
+            session.control.report([], 0.05 * tick)
+            session.advance(0.05 * tick)
+        assert height(session) < before - 0.02
+        assert len(server.requests) >= 3
+        assert (tmp_path / "vlm" / "queries.jsonl").exists()
+        assert session._episode.decisions[0].active
 
 
 def test_training_without_successes_says_so(make_session: MakeSession) -> None:
