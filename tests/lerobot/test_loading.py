@@ -460,6 +460,9 @@ class TestCommands:
                 session.keep()
                 session.advance(0.0)
             assert [note["kind"] for note in session.notes] == ["done", "done"], session.notes
+            session.target.policy.task = "what another task's sentence was"
+            session.go_to(first)
+            assert session.target.policy.task == describe(first).task  # type: ignore[attr-defined]
             assert SteeringDataset.load(tmp_path / "recordings").binding == binding_of(load_lerobot(states), 5)
         finally:
             session.close()

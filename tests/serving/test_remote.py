@@ -96,7 +96,9 @@ class TestCounterflowServer:
             assert (spec.horizon, spec.dim, spec.low, spec.high) == (own.horizon, own.dim, own.low, own.high)
             assert spec.layout == own.layout
             chunk = torch.linspace(-1, 1, 12).reshape(3, 4)
-            torch.testing.assert_close(spec.normalise(chunk), own.normalise(chunk))  # distances are measured in these units
+            torch.testing.assert_close(
+                spec.normalise(chunk), own.normalise(chunk)
+            )  # distances are measured in these units
             plan = RankedRemote(remote, candidates=3).act(STATE, Direction((0, 1, 0)))
             assert plan.noise is not None  # of the candidate that was kept
             np.testing.assert_allclose(remote.infer(STATE, noise=plan.noise)["actions"], plan.actions, atol=1e-6)
