@@ -294,6 +294,37 @@ class TestFaults:
         assert KEY not in caplog.text
         assert KEY not in repr(client.settings)
 
+    @pytest.mark.parametrize(
+        "said",
+        [
+            f'{{"direction": "down", "rationale": "my key is {KEY}"}}',  # kept as an answer
+            f'{{"direction": {{"key": "{KEY}"}}}}',  # repeated in the fault and in the warning
+        ],
+    )
+    def test_a_model_that_says_the_key_is_not_quoted(
+        self, server: Any, make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, said: str
+    ) -> None:
+        server.faults.append(Fault(text=said))
+        reasoner, _, _ = make()
+        assert reasoner.decide(VIEW).axes == (0, 0, -1)
+        assert list((tmp_path / "vlm" / "cache").glob("*.txt"))
+        for file in tmp_path.rglob("*"):
+            assert not file.is_file() or KEY.encode() not in file.read_bytes()
+        assert KEY not in caplog.text
+
+    def test_a_refusal_meanwhile_is_an_error_once(self, server: Any, make: Make) -> None:
+        server.faults.append(Fault(401))
+        reasoner, _, _ = make(asynchronous=True)
+        for expected in (None, DOWN):
+            assert reasoner.decide(VIEW) == Direction(defer=True)
+            assert reasoner._under_way is not None
+            reasoner._under_way.exception(30)
+            if expected is None:
+                with pytest.raises(ReasonerError, match="401"):
+                    reasoner.decide(VIEW)
+            else:
+                assert reasoner.decide(VIEW) == expected
+
 
 class TestLimits:
     def test_a_budget_of_queries(self, server: Any, make: Make, tmp_path: Path) -> None:
@@ -314,6 +345,13 @@ class TestLimits:
         hasty, _, other = make(per_minute=1, timeout=5, cache=False)
         assert [hasty.decide(view(shade)).defer for shade in range(2)] == [False, True]
         assert other.slept == []
+
+    def test_what_was_not_asked_is_not_counted(self, make: Make) -> None:
+        hasty, client, clock = make(per_minute=1, timeout=5, most_queries=2)
+        assert [hasty.decide(view(shade)).defer for shade in range(3)] == [False, True, True]
+        clock.now += 60
+        assert not hasty.decide(view(3)).defer
+        assert client.queries == 2
 
 
 class TestSettings:

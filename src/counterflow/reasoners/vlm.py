@@ -374,6 +374,8 @@ class VLMClient:
                 faults.append(limit)
                 break
             if not self._wait_for_turn(left):
+                with self._lock:
+                    self.queries -= 1  # it was not asked
                 faults.append(f"{settings.per_minute} queries a minute were used up")
                 break
             attempts += 1
@@ -446,7 +448,7 @@ class VLMClient:
         used = int(getattr(usage, "total_tokens", 0) or 0)
         choices = getattr(answer, "choices", None) or []
         text = "" if not choices else str(getattr(choices[0].message, "content", "") or "")
-        return text, used
+        return self._without_key(text), used  # before it reaches the cache, a note or a warning
 
     # Limits
 
@@ -608,8 +610,8 @@ class VLMReasoner:
                 self._take(self._client.ask(*self._question(view)))
             return self._last or self._instead()
         if self._under_way is not None and self._under_way.done():
-            answer, self._under_way = self._under_way.result(), None
-            self._take(answer)
+            under_way, self._under_way = self._under_way, None  # a refusal is raised once, and then asked about again
+            self._take(under_way.result())
         if self._under_way is None and (due or self._last is None):
             if self._thread is None:
                 self._thread = ThreadPoolExecutor(1, thread_name_prefix="counterflow-vlm")
