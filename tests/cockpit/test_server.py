@@ -22,7 +22,7 @@ from websockets.sync.client import ClientConnection, connect
 import counterflow.cockpit.server as cockpit_server
 from counterflow.cli import parse
 from counterflow.cli_cockpit import Cockpit as CockpitCommand
-from counterflow.cockpit.driver import Driver
+from counterflow.cockpit.driver import MOST_WAITING, Driver
 from counterflow.cockpit.seats import Seats
 from counterflow.cockpit.server import Cockpit, CockpitSettings, make_server, unpack_frame
 from counterflow.cockpit.session import Session, SessionSettings
@@ -188,6 +188,26 @@ def test_nonsense_is_answered_and_harms_nobody(place: tuple[Cockpit, int], messa
         page.socket.send(message)
         page.until(lambda page: bool(page.errors))
         assert "not understood" in page.errors[0]
+
+
+def test_bytes_end_only_that_connection(place: tuple[Cockpit, int], caplog: pytest.LogCaptureFixture) -> None:
+    _, port = place
+    with Page(port, "with-bytes1", watch=True) as page:
+        page.socket.send(b"\x00\xff")
+        with pytest.raises(ConnectionClosed, match="expected text"):
+            page.until(lambda _: False)
+    with Page(port, "afterwards0", watch=True) as page:
+        page.until(lambda page: bool(page.state))
+    assert "Traceback" not in caplog.text
+
+
+def test_a_page_is_left_out_where_too_much_waits_and_the_server_is_not() -> None:
+    driver = Driver(lambda _: pytest.fail("it is not started"))
+    while driver.submit(lambda *_: None):
+        assert driver._commands.qsize() <= MOST_WAITING
+    assert driver._commands.qsize() == MOST_WAITING
+    assert driver.submit(lambda session, _: session.pause(), urgent=True)
+    assert driver._commands.qsize() == MOST_WAITING + 1
 
 
 def test_messages_are_bounded(place: tuple[Cockpit, int]) -> None:

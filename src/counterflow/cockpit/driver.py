@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import queue
@@ -59,7 +58,7 @@ class Driver:
     ) -> None:
         self._make_session, self._clock = make_session, clock
         self.on_change = on_change
-        self._commands: queue.Queue[tuple[Command, float] | None] = queue.Queue(MOST_WAITING)
+        self._commands: queue.Queue[tuple[Command, float] | None] = queue.Queue()
         self._stop = threading.Event()
         self._ready = threading.Event()
         self._failure: BaseException | None = None
@@ -89,19 +88,17 @@ class Driver:
 
         Args:
             command: called with the session and the time at which it was handed over (that is when a report arrived).
-            urgent: wait until there is room: for what must not be lost, such as a pause.
+            urgent: it is never left out: for what the server says and must not be lost, such as that the driver has gone.
         """
-        try:
-            self._commands.put((command, self._clock()), block=urgent, timeout=5.0 if urgent else None)
-        except queue.Full:
+        if not urgent and self._commands.qsize() >= MOST_WAITING:
             return False
+        self._commands.put((command, self._clock()))
         return True
 
     def stop(self) -> None:
         """End the session: an undecided episode that is over is kept, trainings are stopped."""
         self._stop.set()
-        with contextlib.suppress(queue.Full):  # it looks at the event after every command
-            self._commands.put_nowait(None)
+        self._commands.put(None)
         self._thread.join()
         self._background.shutdown(wait=True)
 

@@ -243,18 +243,20 @@ class Cockpit:
         came_back = self.seats.driver == hello.client
         role = self.seats.join(hello.client, self._clock(), watch=hello.watch)
         if role == "driver" and came_back:
-            self.driver.submit(_come_back, urgent=False)
+            self.driver.submit(_come_back, urgent=True)
         sender = asyncio.create_task(self._send(client))
         self._wake()
         try:
             await self._listen(client)
-        except (WebSocketDisconnect, RuntimeError):
+        except (WebSocketDisconnect, RuntimeError, TimeoutError):
             pass
+        except KeyError:  # bytes, which no page sends
+            await _close(socket, POLICY_VIOLATION, "expected text")
         finally:
             sender.cancel()
             self._clients.discard(client)
             if self.seats.leave(client.name, self._clock()):
-                self.driver.submit(lambda session, _: session.pause(GONE))
+                self.driver.submit(lambda session, _: session.pause(GONE), urgent=True)
             self._wake()
 
     async def _listen(self, client: _Client) -> None:
@@ -283,7 +285,7 @@ class Cockpit:
         if take and not self.seats.take(client.name, self._clock()):
             await self._tell(client, {"type": "error", "text": "somebody else drives; ask them to hand over."})
         if not take and self.seats.give(client.name):
-            self.driver.submit(lambda session, _: session.pause("the driver handed over"))
+            self.driver.submit(lambda session, _: session.pause("the driver handed over"), urgent=True)
         self._wake()
 
     async def _tell(self, client: _Client, content: dict[str, Any]) -> None:
