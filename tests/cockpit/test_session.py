@@ -135,6 +135,62 @@ def test_choices_that_cannot_be_right_change_nothing(make_session: MakeSession) 
     assert session.describe() == before
 
 
+def test_a_pilot_who_cannot_come_changes_nothing(make_session: MakeSession) -> None:
+    def absent(_: str) -> Any:
+        raise ReasonerError("there is nobody.")
+
+    session = make_session()
+    session.choose(pilot="script")
+    session._reasoners["vlm"] = absent
+    before, pilot = session.describe(), session._reasoner
+    with pytest.raises(ReasonerError):
+        session.choose(method="base", reversal_steps=2, magnitude=0.3, pilot="vlm")
+    assert session.describe() == before
+    assert session._reasoner is pilot
+
+
+def test_what_could_not_be_kept_can_be_tried_again(make_session: MakeSession, tmp_path: Path) -> None:
+    session = make_session()
+    session.resume()
+    hold(session, "up")
+    session._finish()
+    place = tmp_path / "run" / "recordings"
+    place.parent.mkdir(exist_ok=True)
+    place.write_text("in the way")
+    session.keep()
+    session.advance(0.0)
+    assert session.notes[-1]["kind"] == "error"
+    assert session.describe()["episode"]["kept"] == ""
+    place.unlink()
+    session.keep()
+    session.advance(0.0)
+    assert session.describe()["episode"]["kept"] == "kept"
+    assert len(SteeringDataset.load(place)) == 1
+
+
+def test_a_change_of_task_waits_for_what_is_being_kept(
+    make_session: MakeSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noises are found by inversion, with the policy as it was told of the episode's own task."""
+    session, order = make_session(), list[str]()
+    complete, fit = session.target.complete, session.target.fit
+    let = threading.Event()
+
+    def slow(*arguments: Any, **more: Any) -> None:
+        let.wait(0.3)  # as long as an inversion may take: nobody sets it
+        complete(*arguments, **more)
+        order.append("complete")
+
+    monkeypatch.setattr(session.target, "complete", slow)
+    monkeypatch.setattr(session.target, "fit", lambda spec: (order.append("fit"), fit(spec)))
+    monkeypatch.setattr(session, "_background", Daemons())
+    session.resume()
+    hold(session, "up")
+    session._finish()
+    session.go_to("ogbench/cube-single-task2")
+    assert order == ["complete", "fit"]
+
+
 def test_resetting_a_driven_episode_counts_as_a_failure_and_one_that_was_not_driven_does_not(
     make_session: MakeSession,
 ) -> None:
@@ -491,6 +547,26 @@ def test_a_film_of_what_was_driven(make_session: MakeSession, tmp_path: Path) ->
     session.advance(0.0)
     assert session.exports() == ["videos/episode-0.mp4"]
     assert (tmp_path / "run" / "videos" / "episode-0.mp4").stat().st_size > 1000
+
+
+def test_a_film_is_of_the_task_that_was_driven(make_session: MakeSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, jobs, cameras = make_session(), list[Callable[[], Any]](), list[Any]()
+
+    class Later:
+        def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Any:
+            jobs.append(lambda: function(*arguments))
+            return Here().submit(lambda: "later")
+
+    monkeypatch.setattr(session, "_background", Later())
+    monkeypatch.setattr("counterflow.cockpit.filming.write_film", lambda *arguments: cameras.append(arguments[2]))
+    session.resume()
+    hold(session, "left", actions=3)
+    driven = session.camera
+    session.export_video()
+    session.go_to("ogbench/cube-single-task2")
+    assert session.camera is not driven
+    jobs[0]()
+    assert cameras[0] is driven
 
 
 def test_tasks_are_those_of_the_family(make_session: MakeSession) -> None:

@@ -30,7 +30,7 @@ from counterflow.cockpit.tallies import MIXED, Outcome, Tallies
 from counterflow.cockpit.targets import METHODS, Decided, Target, open_target
 from counterflow.cockpit.training import CORRECTIONS, POLICIES, RECORDINGS, Training, train
 from counterflow.data import SteeringDataset, SteeringEpisode
-from counterflow.envs import Batch, RenderSettings, VectorEnv, env_names, family_of, make_env
+from counterflow.envs import Batch, CameraView, EnvSpec, RenderSettings, VectorEnv, env_names, family_of, make_env
 from counterflow.errors import CounterflowError, InvalidInputError, MismatchError, UnknownNameError, WorkerError
 from counterflow.experiments.evaluate import ReasonerSettings
 from counterflow.experiments.record import arrays_of
@@ -298,7 +298,7 @@ class Session:
         if self.target.binding is None:
             raise MismatchError(f"this episode can't be kept: {UNKNOWN_NOISES}.")
         self._episode.kept = "kept"
-        self._later("keep", self._write_episode, self._episode)
+        self._later("keep", self._keep, self._episode)
 
     def discard(self) -> None:
         """Leave the finished episode out of the dataset. It stays in the tallies."""
@@ -352,21 +352,23 @@ class Session:
             raise InvalidInputError(f"{wanted!r} can't be chosen: {lacking}.")
         if wanted == "dsbc":
             self.target.check_learned(self.learned[str(chosen)])
+        if pilot is not None:
+            self.hand_over(pilot)  # the last that can fail
         self.steering, self.noise_policy, self.method = steering, chosen, wanted
         self.magnitude = self.magnitude if magnitude is None else magnitude
-        if pilot is not None:
-            self.hand_over(pilot)
 
     def hand_over(self, pilot: str) -> None:
         """Let somebody drive while no key is held: "policy", a reasoner's name, or nobody ("").
 
         Raises:
-            UnknownNameError: nobody of that name; MissingDependencyError and others: who was meant can't come.
+            UnknownNameError: nobody of that name; MissingDependencyError and others: who was meant can't come; nothing has
+                changed.
         """
         if pilot not in ("", "policy", *self._reasoners):
             raise UnknownNameError("pilot", pilot, ("policy", *self._reasoners))
+        reasoner = self._reasoners[pilot](self.env_name) if pilot in self._reasoners else None
         self._abandon_question()
-        self._reasoner = self._reasoners[pilot](self.env_name) if pilot in self._reasoners else None
+        self._reasoner = reasoner
         self.pilot = pilot or None
         self.control.pilot = self.pilot is not None
         self._reset_reasoner()
@@ -416,7 +418,7 @@ class Session:
         if not self._episode.shots:
             raise InvalidInputError("there is nothing to film yet; drive first.")
         episode = replace(self._episode, shots=list(self._episode.shots))
-        self._later("film", self._write_film, episode)
+        self._later("film", self._write_film, episode, self.camera, self.spec)
 
     # What happens
 
@@ -596,6 +598,13 @@ class Session:
 
     # Keeping, training, filming: in the background
 
+    def _keep(self, episode: _Episode) -> str:
+        try:
+            return self._write_episode(episode)
+        except BaseException:
+            episode.kept = ""  # a full disk, or a folder that somebody else writes to: it can be tried again
+            raise
+
     def _write_episode(self, episode: _Episode) -> str:
         """Put an episode into the dataset as `counterflow record` does; return what to say."""
         helped = "dsbc" in episode.methods
@@ -642,12 +651,12 @@ class Session:
             return config
         return replace(config, regressor=replace(config.regressor, inputs="observation"))
 
-    def _write_film(self, episode: _Episode) -> str:
+    def _write_film(self, episode: _Episode, camera: CameraView, spec: EnvSpec) -> str:
         from counterflow.cockpit.filming import write_film
 
         path = self.settings.out / "videos" / f"episode-{episode.index}.mp4"
         shots = [(one.jpeg, one.method, one.direction, one.effector) for one in episode.shots]
-        write_film(path, shots, self.camera, self.spec.max_episode_steps, episode.success, self.spec.task)
+        write_film(path, shots, camera, spec.max_episode_steps, episode.success, spec.task)
         return f"{path.name} is written"
 
     def _later(self, what: str, function: Callable[..., Any], *arguments: Any) -> None:
@@ -815,6 +824,9 @@ class Session:
     def _open(self) -> None:
         self._env = self._make(replace(self.settings, env=self.env_name))
         self.spec = self._env.spec
+        for what, future in self._pending:
+            if what == "keep":
+                future.exception()  # noises are found with the policy as it was told of that episode's task
         self.target.fit(self.spec)
         check_fit(self.target, self.spec)
         self._next_index = max(self.tallies.next_index, getattr(self, "_next_index", 0))
