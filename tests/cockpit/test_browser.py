@@ -206,6 +206,9 @@ def test_a_held_key_moves_and_letting_go_stops(open_page: Callable[..., Any], se
     page.wait_for_function("document.querySelector('#picture').dataset.step === '0'")
     page.keyboard.down("s")
     page.wait_for_function("Number(document.querySelector('#picture').dataset.step) > 12")
+    assert page.locator("#overlay polyline.fan").count() == 12
+    assert page.locator("#overlay polyline.reference-path").count() == 1
+    assert page.locator("#overlay polyline.chunk-path").count() == 1
     page.keyboard.up("s")
     page.wait_for_selector("#state:has-text('your turn')")
     steps = session._episode.steps
@@ -216,6 +219,36 @@ def test_a_held_key_moves_and_letting_go_stops(open_page: Callable[..., Any], se
     page.wait_for_function(f"Number(document.querySelector('#picture').dataset.step) > {steps + 5}")
     pad.dispatch_event("pointerup", {"pointerId": 1})
     page.wait_for_selector("#state:has-text('your turn')")
+
+
+def test_pause_settings_and_the_next_task(open_page: Callable[..., Any], served: Served) -> None:
+    page = open_page()
+    session = served.session
+    assert session is not None
+    page.keyboard.press("r")
+    state_of(page, "driving")
+    page.keyboard.press("p")
+    state_of(page, "paused")
+    page.keyboard.press("p")
+    state_of(page, "driving")
+    reach(page, "#reversal_steps")
+    page.keyboard.press("ArrowRight")  # moves the slider, and not the robot
+    page.wait_for_selector("#method-pill:has-text('K 6')")
+    page.focus("#magnitude")
+    before = session.magnitude
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Escape")
+    page.keyboard.press("2")
+    page.wait_for_selector("[data-method=direct][aria-checked=true]")
+    assert session.magnitude != before
+    assert session._episode.steps == 0
+    page.keyboard.press("n")
+    page.wait_for_function("document.querySelector('#task').value.endsWith('task2')")
+    state_of(page, "driving")
+    page.select_option("#task", TASK)
+    page.wait_for_function("document.querySelector('#task').value.endsWith('task1')")
+    page.keyboard.press("5")
+    page.wait_for_selector("[data-method=frs][aria-checked=true]")
 
 
 def test_a_second_page_watches_and_a_reload_goes_on(open_page: Callable[..., Any], served: Served) -> None:
