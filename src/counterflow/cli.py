@@ -45,12 +45,12 @@ class Reasoning:
     """Length of the reference's motion; default: the convention's."""
     asking: Annotated[Asking, tyro.conf.arg(name="")] = field(default_factory=Asking)
 
-    def settings(self) -> ReasonerSettings:
-        """Return the reasoner's settings."""
+    def settings(self, run: Path | None = None) -> ReasonerSettings:
+        """Return the reasoner's settings, given the run's folder, if it has one."""
         from counterflow.experiments.evaluate import ReasonerSettings
 
         vlm = self.asking.asked(needed=True) if self.reasoner == "vlm" else None
-        folder = None if vlm is None else self.asking.vlm_log
+        folder = None if vlm is None else self.asking.folder(run)
         return ReasonerSettings(self.reasoner_error, self.reasoner_delay, self.convention, self.magnitude, vlm, folder)
 
 
@@ -232,7 +232,7 @@ class Record:
                 episodes=self.episodes,
                 seed=self.seed,
                 settings=self.steering.settings(),
-                reasoner=self.reasoning.settings(),
+                reasoner=self.reasoning.settings(self.out),
                 policy=self.policy,
                 num_envs=self.num_envs,
                 max_episodes=self.max_episodes,

@@ -93,13 +93,12 @@ class Cockpit:
     def session_settings(self) -> SessionSettings:
         """Return what is driven, and how."""
         from counterflow.cockpit.session import SessionSettings
-        from counterflow.envs import check_env_name, family_of
+        from counterflow.envs import check_env_name
 
         check_env_name(self.env)
-        out = self.out or Path("runs") / f"cockpit-{family_of(self.env).split('/')[-1]}"
         return SessionSettings(
             self.env,
-            out,
+            self._folder(),
             policy=self.policy,
             noise_policy=self.noise_policy,
             critic=self.critic,
@@ -113,6 +112,11 @@ class Cockpit:
             size=self.size,
             device=self.device,
         )
+
+    def _folder(self) -> Path:
+        from counterflow.envs import family_of
+
+        return self.out or Path("runs") / f"cockpit-{family_of(self.env).split('/')[-1]}"
 
     def page_settings(self) -> CockpitSettings:
         """Return where and for whom the page is there."""
@@ -136,7 +140,7 @@ class Cockpit:
         settings = self.asking.asked(needed=False)
         if settings is None:
             return {}
-        client = VLMClient(settings, self.asking.vlm_log)
+        client = VLMClient(settings, self.asking.folder(self._folder()))
 
         def make(env: str) -> Reasoner:
             from counterflow.envs import describe

@@ -163,8 +163,13 @@ class Asking:
     """The budget in tokens; then the fallback."""
     vlm_per_minute: int | None = None
     """Queries a minute at most."""
-    vlm_log: Path = Path("runs/vlm")
-    """Where queries are noted with image, answer, latency and tokens, and answers kept."""
+    vlm_log: Path | None = None
+    """Where queries are noted with image, answer, latency and tokens, and answers kept; default: the folder 'vlm' in that of the
+    recording or the cockpit's run, and runs/vlm for what has no folder."""
+
+    def folder(self, run: Path | None) -> Path:
+        """Return where queries are noted, given the run's folder, if it has one."""
+        return self.vlm_log or (Path("runs") if run is None else run) / "vlm"
 
     def asked(self, *, needed: bool) -> VLMSettings | None:
         """Return whom to ask, and how; None where nobody was named."""

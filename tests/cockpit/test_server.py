@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("fastapi", reason="the cockpit's page needs the extra 'cockpit'")
@@ -267,6 +268,28 @@ def test_the_command_stays_at_home_or_asks_for_a_token(tmp_path: Path) -> None:
     assert settings("--token-file", str(tmp_path / "token")).token == TOKEN
     with pytest.raises(InvalidInputError, match="can't be read"):
         settings("--token-file", str(tmp_path / "missing"))
+
+
+def test_a_vlm_is_offered_where_one_is_named_and_noted_in_the_run(
+    tmp_path: Path, stand_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openai", reason="a VLM as the reasoner needs the extra 'vlm'")
+    monkeypatch.chdir(tmp_path)
+
+    def asked(*arguments: str) -> set[str]:
+        command = parse(["cockpit", TASK, "--vlm-model", "m", "--vlm-url", server.url, *arguments])
+        assert isinstance(command, CockpitCommand)
+        pilot = command.reasoners()["vlm"](TASK)
+        assert pilot.decide({"image/front": np.zeros((8, 8, 3), np.uint8)}).axes == (0, 0, -1)
+        return {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("queries.jsonl")}
+
+    without = parse(["cockpit", TASK])
+    assert isinstance(without, CockpitCommand)
+    assert without.reasoners() == {}
+    with stand_in.stand_in() as server:
+        assert asked("--out", "mine") == {"mine/vlm"}
+        assert asked() == {"mine/vlm", "runs/cockpit-cube-single/vlm"}
+        assert asked("--out", "mine", "--vlm-log", "log") == {"mine/vlm", "runs/cockpit-cube-single/vlm", "log"}
 
 
 def test_no_file_is_reached_by_a_name_from_the_page(place: tuple[Cockpit, int]) -> None:

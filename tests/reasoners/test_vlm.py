@@ -17,6 +17,8 @@ from PIL import Image
 pytest.importorskip("openai", reason="the VLM reasoner needs the extra 'vlm'")
 
 import counterflow.experiments.rollout as rollout
+from counterflow.cli import main
+from counterflow.data import SteeringDataset
 from counterflow.envs import RenderSettings, make_env
 from counterflow.errors import InvalidInputError, MismatchError, ReasonerError, UnknownNameError
 from counterflow.experiments.evaluate import ReasonerSettings, evaluate, load_prior
@@ -363,6 +365,17 @@ class TestSettings:
         with pytest.raises(InvalidInputError):
             VLMSettings(**{"model": "m", **wrong})
 
+    @pytest.mark.parametrize("url", [f"http://me:{KEY}@host/v1", f"https://host/v1?api_key={KEY}"])
+    def test_secrets_do_not_go_into_an_address(self, url: str) -> None:
+        with pytest.raises(InvalidInputError, match="environment") as raised:
+            VLMSettings("m", url)
+        assert KEY not in str(raised.value)
+
+    @pytest.mark.parametrize("url", ["", "localhost:8000/v1", "ftp://host/v1", "http://[::1/v1"])
+    def test_an_endpoint_is_a_web_address(self, url: str) -> None:
+        with pytest.raises(InvalidInputError, match="web address"):
+            VLMSettings("m", url)
+
     def test_unknown_names(self) -> None:
         with pytest.raises(UnknownNameError):
             VLMSettings("m", fallback="pray")  # type: ignore[arg-type]
@@ -419,3 +432,18 @@ def test_evaluation_with_faults_injected(server: Any, tmp_path: Path, monkeypatc
     assert result.queries == len(entries)
     assert any(entry["faults"] for entry in entries)
     assert not any(entry["fallback"] for entry in entries)
+
+
+def test_recording_with_a_vlm_notes_its_queries_in_the_recording(server: Any, tmp_path: Path) -> None:
+    """The command itself, run twice: the notes in its folder are nothing foreign to the dataset."""
+    out = tmp_path / "recorded"
+    command = ["record", "ogbench/cube-single-task1", "--out", str(out), "--no-every-step", "--num-envs", "1"]
+    command += ["--reasoner", "vlm", "--vlm-model", "m", "--vlm-url", server.url, "--vlm-most-queries", "2"]
+    for episodes in (1, 2):
+        assert main([*command, "--episodes", str(episodes)]) == 0
+        entries = [json.loads(line) for line in (out / "vlm" / "queries.jsonl").read_text().splitlines()]
+        dataset = SteeringDataset.load(out)
+        assert len(dataset) == episodes
+        assert sum(episode.decisions for episode in dataset) == len(entries)
+        assert entries[0]["direction"] == [0, 0, -1]
+        assert "budget of 2 queries" in entries[-1]["faults"][0]

@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Template
 from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -111,7 +112,8 @@ class VLMSettings:
         prompt: a template file of your own; None: `reasoners/prompts/direction.md`.
 
     Raises:
-        InvalidInputError: a number is out of range, or the prompt can't be read or names what isn't there.
+        InvalidInputError: a number is out of range, the endpoint is no web address or holds a secret, or the prompt can't be read
+            or names what isn't there.
         UnknownNameError: there is no such fallback or structure.
     """
 
@@ -146,6 +148,8 @@ class VLMSettings:
         for name in ("most_queries", "most_tokens", "per_minute"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} is {getattr(self, name)!r}; expected 1 or more, or None for no limit.")
+        if self.base_url is not None:
+            _check_url(self.base_url)
         if not (0 < self.timeout <= 600 and 0 <= self.back_off <= 60):
             raise InvalidInputError(
                 f"timeout is {self.timeout}, back_off {self.back_off}; expected seconds in (0, 600] and [0, 60]."
@@ -656,6 +660,22 @@ class VLMReasoner:
             if any(a * b > 0 for a, b in zip(axes, direction.axes, strict=True))
         ]
         return (" and ".join(words) or "stay") + (", less" if direction.amount < 1 else "")
+
+
+def _check_url(url: str) -> None:
+    """Raise `InvalidInputError` unless it is a web address that may be written down."""
+    try:
+        parts = urlsplit(url)
+        right = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        right = False
+    if not right:
+        raise InvalidInputError("the endpoint is no web address; expected one such as http://localhost:8000/v1.")
+    if "@" in parts.netloc or parts.query:
+        raise InvalidInputError(
+            f"the address of the endpoint at {parts.hostname} holds a name, a password or a query, and addresses are written "
+            "into results. Put the key into the environment (--vlm-key-variable names the variable)."
+        )
 
 
 def _gripper_in_words(view: View) -> str:
