@@ -120,8 +120,12 @@ def open_page(browser: Any, served: Served) -> Iterator[Callable[..., Any]]:
     yield open_one
     for page in pages:
         page.context.close()
+    for _ in range(600):
+        if not served.cockpit.seats.people:
+            break
+        threading.Event().wait(0.05)
+    assert not served.cockpit.seats.people
     # The seat is kept for who might come back; the next test's page is somebody else.
-    threading.Event().wait(0.2)
     served.cockpit.seats.driver = None
     assert not faults
 
@@ -302,6 +306,19 @@ def test_a_lost_line_stands_still_says_so_and_comes_back(open_page: Callable[...
     page.keyboard.down("w")
     page.wait_for_function(f"Number(document.querySelector('#picture').dataset.step) > {steps}")
     page.keyboard.up("w")
+
+
+def test_a_page_on_its_way_out_does_not_come_back_for_the_wheel(open_page: Callable[..., Any], served: Served) -> None:
+    page = open_page()
+    page.wait_for_selector("#seat-text:has-text('you drive')")
+    page.evaluate("dispatchEvent(new PageTransitionEvent('pagehide', {persisted: true}))")
+    page.wait_for_selector("#curtain")
+    page.wait_for_timeout(2000)  # it tries after 0.8 seconds where a line was lost
+    assert page.is_visible("#curtain")
+    assert served.cockpit.seats.people == 0
+    page.evaluate("dispatchEvent(new PageTransitionEvent('pageshow', {persisted: true}))")
+    page.wait_for_selector("#curtain", state="hidden")
+    page.wait_for_selector("#seat-text:has-text('you drive')")
 
 
 def test_a_gamepad_drives(open_page: Callable[..., Any], served: Served) -> None:

@@ -27,6 +27,7 @@ if (!client) {
 
 let socket = null;
 let retry = 500;
+let gone = false;
 let state = null;
 let seat = { role: "viewer", free: false, people: 0 };
 let sequence = 0;
@@ -59,7 +60,7 @@ function connect() {
       ? "This cockpit asks for a token. Open the whole address that the terminal shows."
       : "The connection is lost. The robot stands still; trying to come back\u2026";
     $("curtain").hidden = false;
-    if (!refused) setTimeout(connect, (retry = Math.min(retry * 1.6, 5000)));
+    if (!refused && !gone) setTimeout(connect, (retry = Math.min(retry * 1.6, 5000)));
   };
 }
 
@@ -149,7 +150,9 @@ addEventListener("keydown", (event) => {
 addEventListener("keyup", (event) => { less = event.shiftKey; const way = KEYS[event.code]; if (way) release(way); });
 addEventListener("blur", () => { letGo(); report(); });
 document.addEventListener("visibilitychange", () => { if (document.hidden) { letGo(); command("pause"); } });
-addEventListener("pagehide", () => socket?.close());
+// A page on its way out must not come back for the wheel; one that is brought back by "back" does.
+addEventListener("pagehide", () => { gone = true; socket?.close(); });
+addEventListener("pageshow", ({ persisted }) => { if (persisted && gone) { gone = false; connect(); } });
 
 for (const button of document.querySelectorAll("[data-way]")) {
   const way = button.dataset.way;
