@@ -30,6 +30,8 @@ from counterflow.experiments.offline import OfflineProgress, acting_of, train_of
 from counterflow.experiments.presets import preset
 from counterflow.experiments.statistics import MeanRate, SuccessRate
 from counterflow.files import write_json
+from counterflow.learning.bc import Precision
+from counterflow.learning.offline import OfflineConfig
 from counterflow.steering import GuidanceSettings
 
 HERE = Path(__file__).parent
@@ -45,7 +47,9 @@ WEIGHTS = (0.01, 0.03, 0.1, 0.3)  # of QGF's sweep; the scale is that of the cri
 WIDTHS = (64, 128, 256)  # of every network; the last is the small preset's
 SCALED = ("ogbench/cube-single-task1", "ogbench/cube-single-task2")
 GOAL_FAMILIES = ("cube-single", "scene")
-Stage = Literal["train", "small", "prior", "goals", "scale", "parity"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
+PRECISE_TASK, PRECISE = "ogbench/cube-single-task1", ("qgf", "rql")
+Stage = Literal["train", "small", "prior", "goals", "scale", "precision", "parity"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 # Of QGF, what is compared: label -> how the critic takes part.
 GUIDANCE: dict[str, GuidanceSettings] = {
@@ -74,7 +78,7 @@ class Arguments:
     """The folder of the datasets, <family>-play.npz."""
     stages: tuple[Stage, ...] = STAGES
     """train: the small preset; small: evaluate it; prior: critics that guide the shipped prior; goals: goal-conditioned; scale:
-    three widths; parity: golden numbers."""
+    three widths; precision: float32 beside bfloat16, trained anew; parity: golden numbers."""
     tasks: tuple[str, ...] = TASKS
     """For these tasks alone."""
     algorithms: tuple[str, ...] = ALGORITHMS
@@ -210,19 +214,37 @@ def scale(arguments: Arguments, console: Console) -> None:
                     config, settings = replace(config, width=width), replace(settings, episodes=0)
                     data = arguments.data / f"{family_of(task).split('/')[1]}-play.npz"
                     train_offline(algorithm, data, task, folder, config, settings, seeds=SEEDS)
-                own = acting_of(config)
-                guidance = own.guidance or GuidanceSettings()
-                for seed in SEEDS:
-                    place = folder / f"seed-{seed}"
-                    critic = None if own.guidance is None else str(place / "checkpoints" / "critic.safetensors")
-                    contender = Contender(
-                        f"{algorithm.upper()}, width {width}, seed {seed}",
-                        own.method,
-                        own.settings,
-                        critic=critic,
-                        guidance=guidance,
-                    )
-                    run(console, task, [contender], arguments.episodes, path, str(place))
+                evaluate_trained(f"{algorithm.upper()}, width {width}", folder, config, task, path, arguments, console)
+
+
+def precision(arguments: Arguments, console: Console) -> None:
+    """Train in float32 and in bfloat16 on the same machine, from the same seeds."""
+    data = arguments.data / f"{family_of(PRECISE_TASK).split('/')[1]}-play.npz"
+    for algorithm in PRECISE:
+        if algorithm not in arguments.algorithms:
+            continue
+        config, settings = preset(algorithm, PRECISE_TASK, "small")
+        settings = replace(settings, episodes=0)
+        for kind in PRECISIONS:
+            folder = folder_of(algorithm, PRECISE_TASK)
+            folder, own = folder.with_name(f"{folder.name}-{kind}"), replace(config, precision=kind)
+            console.log(f"{algorithm} on {PRECISE_TASK}, {kind}")
+            train_offline(algorithm, data, PRECISE_TASK, folder, own, settings, seeds=SEEDS)
+            path = RESULTS / "precision" / f"{algorithm}.json"  # a file each, so that they may run side by side
+            evaluate_trained(f"{algorithm.upper()}, {kind}", folder, own, PRECISE_TASK, path, arguments, console)
+
+
+def evaluate_trained(
+    label: str, folder: Path, config: OfflineConfig, task: str, path: Path, arguments: Arguments, console: Console
+) -> None:
+    """Evaluate what a run trained as its algorithm acts, every seed of it."""
+    own = acting_of(config)
+    for seed in SEEDS:
+        place = folder / f"seed-{seed}"
+        critic = None if own.guidance is None else str(place / "checkpoints" / "critic.safetensors")
+        guidance = own.guidance or GuidanceSettings()
+        contender = Contender(f"{label}, seed {seed}", own.method, own.settings, critic=critic, guidance=guidance)
+        run(console, task, [contender], arguments.episodes, path, str(place))
 
 
 def run(
@@ -259,6 +281,7 @@ RUN: dict[str, Callable[[Arguments, Console], None]] = {
     "prior": prior,
     "goals": goals,
     "scale": scale,
+    "precision": precision,
     "parity": parity,
 }
 
@@ -273,6 +296,7 @@ def report() -> None:
         ("prior", report_prior),
         ("goals", report_goals),
         ("scale", report_scale),
+        ("precision", report_precision),
         ("speed", report_speed),
     ):
         if f"<!-- {name}:" in readme.read_text():
@@ -428,6 +452,18 @@ def report_scale() -> str:
         subtitle="QGF and RQL, small preset otherwise, " + " and ".join(task.split("/")[1] for task in SCALED),
     )
     return "\n".join(table(comparison, [label for several in labels.values() for label in several]))
+
+
+def report_precision() -> str:
+    """Return the table of the precisions."""
+    comparison = results_of("precision")
+    if comparison is None:
+        return ""
+    lines = ["| algorithm | " + " | ".join(PRECISIONS) + " |", "| --- |" + " ---: |" * len(PRECISIONS)]
+    for algorithm in PRECISE:
+        rates = [pooled(comparison, f"{algorithm.upper()}, {kind}", PRECISE_TASK) for kind in PRECISIONS]
+        lines.append(f"| {algorithm.upper()} | " + " | ".join(cell(rate) for rate in rates) + " |")
+    return "\n".join(lines)
 
 
 def report_parity() -> str:
