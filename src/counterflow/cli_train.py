@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +28,7 @@ from counterflow.learning import BCConfig, ChunkCriticConfig, DSBCConfig
 from counterflow.learning.dsbc import Progress as DistillationProgress
 from counterflow.policies import GeneralistConfig
 from counterflow.policies.described import weights_path
+from counterflow.steering import Intention
 
 
 @dataclass(frozen=True)
@@ -164,14 +165,24 @@ class Distill:
     """Of recorded data: the chunks that were decided on (decisions), or what was executed from every step on (steps)."""
     seed: int = 0
     """What weights, held-out episodes and draws descend from."""
+    intention: float | None = None
+    """Also learn what chunk is meant, and start at the most likely noise given both; the number is what a squared unit of noise
+    costs (1 is a beginning; less where the policy hardly listens to its noise). The policy must have gradients. Default: DSBC as
+    in the paper."""
     device: str = "cpu"
     """Where to train."""
-    config: Annotated[DSBCConfig, tyro.conf.arg(name="")] = field(default_factory=DSBCConfig)
+    config: Annotated[DSBCConfig, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands] = field(
+        default_factory=DSBCConfig
+    )
     """Settings of the learning; --regressor.target action gives the baseline BC."""
 
     def run(self, console: Console) -> None:
         """Distil, with progress."""
-        with progress_bar(console, "distilling", self.config.steps, "updates") as update:
+        config = self.config
+        if self.intention is not None:
+            wanted = replace(config.regressor, intention=Intention(penalty=self.intention))
+            config = replace(config, regressor=wanted)
+        with progress_bar(console, "distilling", config.steps, "updates") as update:
 
             def show(progress: DistillationProgress) -> None:
                 update(progress.step, f"loss {progress.loss:.3f}, held-out {progress.held_out_loss:.3f}")
@@ -179,7 +190,7 @@ class Distill:
             regressor = distill(
                 self.data,
                 self.out,
-                self.config,
+                config,
                 env=self.env,
                 first=self.first,
                 windows=self.windows,

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from counterflow.policies import (
 from counterflow.random import RowGenerators
 from counterflow.reasoners import Direction, to_reference
 from counterflow.serving import PolicyServer, ServedPolicy, ServerSettings, pack, running, unpack
-from counterflow.steering import ChunkRegressor, MethodSettings, binding_of, steer
+from counterflow.steering import ChunkRegressor, Intention, MethodSettings, binding_of, steer
 
 TASK = "ogbench/cube-single-task1"
 MakeSession = Callable[..., Session]
@@ -243,6 +244,10 @@ class TestACounterflowServer:
                 target.check_learned(make_regressor(binding_of(prior, 10), dim))
             with pytest.raises(MismatchError, match="features, of which a server tells nothing"):
                 target.check_learned(make_regressor(binding_of(prior, 5), dim, inputs="features"))
+            intending = make_regressor(binding_of(prior, 5), dim)
+            intending.config = replace(intending.config, intention=Intention())
+            with pytest.raises(MismatchError, match="has an intention, which needs the gradient"):
+                target.check_learned(intending)
             target.close()
 
     def test_one_that_goes_away_pauses_and_one_that_comes_back_is_driven_again(

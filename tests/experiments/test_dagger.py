@@ -237,12 +237,12 @@ class TestCorrections:
         binding = Binding("x", "point", HORIZON, DIM, 4)
         dataset = SteeringDataset(Path("nowhere"), binding, {"x": {}})
         dataset._episodes = episodes
-        (found,) = corrections_of(dataset, inputs)
+        (found,) = corrections_of(dataset, RegressorConfig(inputs=inputs))
         np.testing.assert_array_equal(found.inputs, episodes[1].arrays[name][:2])
         np.testing.assert_array_equal(found.targets, episodes[1].arrays["step_noise"][:2])
         assert found.episodes.tolist() == [1, 1]
         dataset._episodes = episodes[:1]
-        assert corrections_of(dataset, inputs) == []
+        assert corrections_of(dataset, RegressorConfig(inputs=inputs)) == []
 
 
 TASK = "ogbench/cube-single-task1"

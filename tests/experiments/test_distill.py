@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from counterflow.experiments.distill import distill, examples_of
 from counterflow.learning import DSBCConfig, NoiseExamples
 from counterflow.learning.dsbc import Progress
 from counterflow.policies import FlowPolicy
-from counterflow.steering import ChunkRegressor, RegressorConfig
+from counterflow.steering import ChunkRegressor, Intention, RegressorConfig
 
 BINDING = Binding("abc", "ogbench/x", 3, 2, 5)
 TASK, OTHER_TASK = "ogbench/x-task1", "ogbench/x-task2"
@@ -87,6 +88,34 @@ def archive(path: Path, binding: Binding = BINDING, **changes: Any) -> Path:
 def read(path: Path) -> Arrays:
     with np.load(path) as content:
         return dict(content)
+
+
+class TestIntention:
+    CONFIG = replace(NOISE, regressor=replace(NOISE.regressor, intention=Intention(penalty=2.0)))
+
+    @pytest.mark.parametrize(
+        ("windows", "key", "rows"), [("steps", "step_chunks", [0, 2, 3, 4, 5]), ("decisions", "chunks", [0, 2])]
+    )
+    def test_recorded_noises_come_with_their_chunks(
+        self, tmp_path: Path, windows: Any, key: str, rows: list[int]
+    ) -> None:
+        found = examples_of(recorded(tmp_path / "d"), self.CONFIG, windows=windows)
+        expected = np.concatenate([episode_arrays(index)[key][rows] for index in (0, 2, 3)])
+        np.testing.assert_array_equal(found.chunks, expected)
+        assert examples_of(recorded(tmp_path / "e"), NOISE, windows=windows).chunks is None
+
+    def test_inverted_noises_come_with_their_chunks(self, tmp_path: Path) -> None:
+        path = archive(tmp_path / "inverted.npz")
+        found = examples_of(path, self.CONFIG)
+        np.testing.assert_array_equal(found.chunks, examples_of(path, ACTION).targets)
+        np.testing.assert_array_equal(found.targets, examples_of(path, NOISE).targets)
+        assert examples_of(path, NOISE).chunks is None
+
+    def test_distilled_and_written(self, tmp_path: Path) -> None:
+        made = distill([recorded(tmp_path / "d")], tmp_path / "p", self.CONFIG)
+        loaded = ChunkRegressor.load(tmp_path / "p.safetensors")
+        assert loaded.config.intention == Intention(penalty=2.0)
+        assert loaded.fingerprint == made.fingerprint
 
 
 class TestSteeringDatasets:

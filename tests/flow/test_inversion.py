@@ -195,6 +195,27 @@ class TestRefine:
         refined = refine(network, action, 5, start, iterations=5, learning_rate=100.0)
         assert torch.equal(refined, start)
 
+    def test_weights_and_a_centre_give_the_most_likely_noise(self) -> None:
+        """Through the flow w + 1 the objective is p (w + 1 - a)^2 + lambda (w - c)^2, entry by entry."""
+        action, centre = torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([[0.3, -0.2, 4.0]])
+        weight, penalty = torch.tensor([[1.0, 8.0, 0.0]]), 2.0
+        found = refine(
+            lambda x, _: torch.ones_like(x),
+            action,
+            4,
+            centre,
+            iterations=600,
+            learning_rate=0.02,
+            penalty=penalty,
+            weight=weight,
+            centre=centre,
+        )
+        expected = (weight * (action - 1) + penalty * centre) / (weight + penalty)
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+        for name in ("weight", "centre"):
+            with pytest.raises(MismatchError, match=name):
+                refine(lambda x, _: x, action, 3, **{name: torch.ones(1, 2)})
+
     def test_keeps_its_best_and_not_its_last(self) -> None:
         """A start at the optimum of a quadratic is returned although Adam moves on."""
         start = torch.tensor([[1.0, -1.0], [3.0, 3.0]])

@@ -23,7 +23,7 @@ from counterflow.learning import DSBCConfig, DSBCLearner, NoiseExamples, distil
 from counterflow.learning.dsbc import Draws, Progress, hold_out, join, regression_loss
 from counterflow.policies import ActionSpec, FieldPolicy
 from counterflow.policies.ensemble import EnsembleMLP
-from counterflow.steering import ChunkRegressor, LatentShape, LearnedNoise, RegressorConfig, SteeringContext
+from counterflow.steering import ChunkRegressor, Intention, LatentShape, LearnedNoise, RegressorConfig, SteeringContext
 
 BINDING = Binding("abc", "ogbench/x", 2, 3, 5)
 INPUTS = 4
@@ -45,6 +45,41 @@ def examples(count: int = 240, seed: int = 0, number: int = 12, **changes: Any) 
         "binding": BINDING,
     }
     return NoiseExamples(**{**arrays, **changes})
+
+
+class TestIntention:
+    CONFIG = replace(CONFIG, regressor=replace(SMALL, intention=Intention(penalty=0.5)))
+
+    def test_both_are_learned_from_the_same_examples(self) -> None:
+        given = examples()
+        chunks = 1 - 0.5 * given.targets
+        made = distil(replace(given, chunks=chunks), self.CONFIG)
+        assert made.intention is not None
+        shown = torch.from_numpy(given.inputs)
+        for regressor, wanted in ((made, given.targets), (made.intention, chunks)):
+            missed = (regressor(shown) - torch.from_numpy(wanted)).square().mean().sqrt()
+            assert missed < 0.2 * wanted.std()
+        assert made.intention.config == RegressorConfig("action", members=2, width=32, depth=1, bound=None)
+        assert same(weights(made), weights(distil(given, CONFIG)))  # the noise policy is the one without
+        assert made.provenance["intention"]["examples"] == 240
+        again = distil(replace(given, chunks=chunks), replace(self.CONFIG, steps=1), initial=made)
+        assert again.intention is not None
+        assert not same(weights(again.intention), weights(made.intention))
+        missed = (again.intention(shown) - torch.from_numpy(chunks)).square().mean().sqrt()
+        assert missed < 0.3 * chunks.std()  # it went on from what was learned
+
+    def test_without_chunks_there_is_nothing_to_learn_it_from(self) -> None:
+        with pytest.raises(DatasetError, match="no chunks to learn an intention from"):
+            distil(examples(), replace(self.CONFIG, steps=1))
+        with pytest.raises(DatasetError, match="chunks"):
+            replace(examples(), chunks=np.zeros((240, 1, 3), np.float32))
+
+    def test_lots_are_joined_with_their_chunks(self) -> None:
+        lots = [replace(examples(20, seed, 2), chunks=examples(20, seed + 5, 2).targets) for seed in (0, 1)]
+        joined = join(lots).chunks
+        assert joined is not None
+        np.testing.assert_array_equal(joined, np.concatenate([lot.chunks for lot in lots if lot.chunks is not None]))
+        assert join([lots[0], examples(20, 1, 2)]).chunks is None
 
 
 def weights(regressor: ChunkRegressor) -> list[Tensor]:

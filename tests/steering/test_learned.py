@@ -29,6 +29,8 @@ from counterflow.steering import (
     FlowReversal,
     FollowReference,
     Gaussian,
+    Intention,
+    LatentShape,
     LearnedNoise,
     Limits,
     NearestToReference,
@@ -116,6 +118,64 @@ def euler(policy: Any, observations: Tensor, noise: Tensor, steps: int) -> Tenso
     for step in range(steps):
         x = x + policy.velocity(context, x, torch.full((len(x),), step / steps)) / steps
     return x
+
+
+class Shifted(Known):
+    """Its flow adds one to whatever noise it is given."""
+
+    def velocity(self, context: Any, x: Tensor, t: Tensor) -> Tensor:
+        return torch.ones_like(x)
+
+
+def intending(policy: Any, noise: Tensor, chunk: Tensor, disagreement: float, **settings: Any) -> ChunkRegressor:
+    """A noise policy that says `noise`, its intention `chunk`, the latter's two members that plus and minus the disagreement."""
+    made = saying(policy, noise, intention=Intention(**settings), bound=None)
+    made.intention = saying(policy, chunk, disagreement, target="action", bound=None)
+    return made
+
+
+CHUNK = torch.linspace(2.0, -1.5, HORIZON * DIM).reshape(HORIZON, DIM)
+
+
+class TestIntention:
+    @pytest.mark.parametrize(("members", "deviation"), [(0.4, 0.8), (0.01, 0.25)])
+    def test_the_flow_starts_at_the_most_likely_noise(
+        self, observations: Tensor, members: float, deviation: float
+    ) -> None:
+        """D(w) = w + 1, so it is a mean of the noise that was said and of a - 1, weighted by 1 / deviation^2 and the penalty."""
+        policy = Shifted()
+        settings = {"spread": 2.0, "floor": 0.25, "penalty": 3.0, "iterations": 800, "learning_rate": 0.02}
+        plan = steer_learned(policy, intending(policy, NOISE, CHUNK, members, **settings)).act(observations)
+        weight = deviation**-2
+        expected = (weight * (CHUNK - 1) + 3.0 * NOISE) / (weight + 3.0)
+        torch.testing.assert_close(plan.noise, expected.expand(5, -1, -1), atol=2e-3, rtol=0)
+        torch.testing.assert_close(plan.chunk, plan.noise + 1)
+        assert plan.start_time.eq(0).all()
+
+    def test_a_high_penalty_leaves_the_noise_policy_alone(self, known: Known, observations: Tensor) -> None:
+        plan = steer_learned(known, intending(known, NOISE, CHUNK, 0.1, penalty=1e6)).act(observations)
+        torch.testing.assert_close(plan.noise, NOISE.expand(5, -1, -1), atol=2e-3, rtol=0)
+
+    def test_saved_and_loaded_it_does_the_same(self, known: Known, observations: Tensor, tmp_path: Path) -> None:
+        made = intending(known, NOISE, CHUNK, 0.1, penalty=0.5, iterations=7)
+        loaded = ChunkRegressor.load(made.save(tmp_path / "intending"))
+        assert loaded.config == made.config
+        assert loaded.intention is not None
+        assert loaded.fingerprint == made.fingerprint
+        plans = [steer_learned(known, one).act(observations).noise for one in (made, loaded)]
+        assert torch.equal(plans[0], plans[1])
+        assert not torch.allclose(plans[0], NOISE.expand(5, -1, -1), atol=0.1)
+        assert made.intention is not None
+        made.intention.network.biases[-1].add_(1.0)
+        assert loaded.fingerprint != made.fingerprint
+
+    def test_it_is_for_noises_of_whole_chunks(self) -> None:
+        for changes in ({"target": "action"}, {"latent": LatentShape("repeated")}):
+            with pytest.raises(InvalidInputError, match="an intention was asked for"):
+                RegressorConfig(intention=Intention(), **changes)  # type: ignore[arg-type]
+        for name in ("spread", "floor", "penalty", "learning_rate", "iterations"):
+            with pytest.raises(InvalidInputError, match=name):
+                Intention(**{name: 0})
 
 
 class TestStart:

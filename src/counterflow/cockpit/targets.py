@@ -451,6 +451,11 @@ class ServedTarget:
                 "this noise policy looks at the policy's own features, of which a server tells nothing. Serve it on that side "
                 "('counterflow serve ... --steer dsbc --noise-policy'), or train one here."
             )
+        if learned.config.intention is not None:
+            raise MismatchError(
+                "this noise policy has an intention, which needs the gradient of the flow, and a server gives none. Serve it on "
+                "that side ('counterflow serve ... --steer dsbc --noise-policy'), or distil one without."
+            )
         if self.binding is None:
             raise MismatchError(f"{self.address} can't be driven by a noise policy: {self.lacks('dsbc')}.")
         learned.binding.check(self.binding, "this noise policy")

@@ -149,4 +149,4 @@ def _corrections(run: Path, env: str, config: DSBCConfig) -> list[Any]:
         dataset = SteeringDataset.load(run / CORRECTIONS).filter(env=env)
     except (DatasetError, LookupError):
         return []  # nobody has helped a noise policy yet
-    return corrections_of(dataset, config.regressor.inputs)
+    return corrections_of(dataset, config.regressor)

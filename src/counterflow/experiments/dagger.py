@@ -31,7 +31,7 @@ from counterflow.policies import ActionSpec, BasePolicy
 from counterflow.random import RowGenerators, check_seed, child_seed
 from counterflow.reasoners import Expert, oracle_expert
 from counterflow.reasoners.progress import remaining
-from counterflow.steering import ChunkRegressor, LatentShape, SteeredPolicy, steer_learned
+from counterflow.steering import ChunkRegressor, LatentShape, RegressorConfig, SteeredPolicy, steer_learned
 
 MakeRule = Callable[[], InterventionRule]
 MakeExpert = Callable[[], Expert]
@@ -147,7 +147,7 @@ def dagger(
                         index = missing[episode.seed]
                         dataset.append(SteeringEpisode(env, episode.seed, index, episode.success, source, arrays))
                 recorded = [one for one in dataset.episodes if one.source == source]
-                corrections = corrections_of(dataset, config.distillation.regressor.inputs)
+                corrections = corrections_of(dataset, config.distillation.regressor)
                 learned = learn(beginning, corrections, config, seed=seed, initial=regressor)
                 learned.provenance |= {"algorithm": "dagger", "round": number + 1, "settings": settings}
                 learned.save(out / f"round-{number + 1}.safetensors")
@@ -241,20 +241,28 @@ def run_with_expert(
     return episodes
 
 
-def corrections_of(dataset: SteeringDataset, inputs: str) -> list[NoiseExamples]:
+def corrections_of(dataset: SteeringDataset, config: RegressorConfig) -> list[NoiseExamples]:
     """Return what the expert's decisions teach: the noise of its actions from every step on, where all H were its own."""
     found = []
-    name = "step_features" if inputs == "features" else "step_observations"
-    shown, targets, episodes = [], [], []
+    name = "step_features" if config.inputs == "features" else "step_observations"
+    shown, targets, meant, episodes = [], [], [], []
     for number, episode in enumerate(dataset.episodes):
         usable = usable_corrections(episode)
         if usable.any():
             shown.append(episode.arrays[name][usable].reshape(int(usable.sum()), -1))
             targets.append(episode.arrays["step_noise"][usable][..., : dataset.binding.dim])
+            if config.intention is not None:
+                meant.append(episode.arrays["step_chunks"][usable][..., : dataset.binding.dim])
             episodes.append(np.full(int(usable.sum()), number, np.int64))
     if shown:
         found.append(
-            NoiseExamples(np.concatenate(shown), np.concatenate(targets), np.concatenate(episodes), dataset.binding)
+            NoiseExamples(
+                np.concatenate(shown),
+                np.concatenate(targets),
+                np.concatenate(episodes),
+                dataset.binding,
+                np.concatenate(meant) if meant else None,
+            )
         )
     return found
 

@@ -57,7 +57,10 @@ def _of_steering(
     if windows == "auto":
         windows = "steps" if all("step_noise" in episode.arrays for episode in wanted.episodes) else "decisions"
     prefix, usable_name = ("step_", "step_noise_valid") if windows == "steps" else ("", "start_time")
-    names = (f"{prefix}{inputs}", f"{prefix}{target}", usable_name)
+    chunks_name = f"{prefix}chunks"
+    names = tuple(
+        dict.fromkeys((f"{prefix}{inputs}", f"{prefix}{target}", usable_name, *_with_intention(config, chunks_name)))
+    )
     missing = sorted({name for name in names for episode in wanted.episodes if name not in episode.arrays})
     if missing:
         raise MismatchError(
@@ -77,7 +80,13 @@ def _of_steering(
         arrays[names[1]][usable][..., : dataset.binding.dim],  # nobody could learn the padding: it is drawn afresh
         arrays["episode"][usable],
         dataset.binding,
+        *(arrays[name][usable][..., : dataset.binding.dim] for name in _with_intention(config, chunks_name)),
     )
+
+
+def _with_intention(config: DSBCConfig, name: str) -> tuple[str, ...]:
+    """Return the name of what an intention is learned from, where there is to be one."""
+    return () if config.regressor.intention is None else (name,)
 
 
 def _of_archive(path: Path, config: DSBCConfig, first: int | None) -> NoiseExamples:
@@ -88,21 +97,22 @@ def _of_archive(path: Path, config: DSBCConfig, first: int | None) -> NoiseExamp
     count = dataset.num_episodes if first is None else first
     if not 1 <= count <= dataset.num_episodes:
         raise InvalidInputError(f"the first {count} episodes were asked for; {path} has {dataset.num_episodes}.")
-    shown, targets, episodes = [], [], []
+    shown, targets, chunks, episodes = [], [], [], []
     for index in range(count):
         episode = dataset.episode(index)
         starts = np.flatnonzero(episode["noise_valid"])
         shown.append(episode[inputs][starts].reshape(len(starts), math.prod(episode[inputs].shape[1:])))
         if config.regressor.target == "noise":
             targets.append(episode["noise"][starts])
-        else:
-            targets.append(episode["normalised_actions"][starts[:, None] + np.arange(binding.horizon)])
+        if config.regressor.target == "action" or config.regressor.intention is not None:
+            chunks.append(episode["normalised_actions"][starts[:, None] + np.arange(binding.horizon)])
         episodes.append(np.full(len(starts), index, np.int64))
     return NoiseExamples(
         np.concatenate(shown).astype(np.float32),
-        np.concatenate(targets)[..., : binding.dim].astype(np.float32),
+        np.concatenate(targets or chunks)[..., : binding.dim].astype(np.float32),
         np.concatenate(episodes),
         binding,
+        None if config.regressor.intention is None else np.concatenate(chunks)[..., : binding.dim].astype(np.float32),
     )
 
 

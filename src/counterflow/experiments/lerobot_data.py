@@ -246,12 +246,13 @@ def lerobot_examples(path: Path | str, config: DSBCConfig, first: int | None = N
     source = open_dataset(path)
     inputs = FEATURES if config.regressor.inputs == "features" else STATE
     target = NOISE if config.regressor.target == "noise" else CHUNK
-    absent = [name for name in (inputs, target, VALID) if name not in source.features]
+    wanted = (inputs, target, VALID, *((CHUNK,) if config.regressor.intention is not None else ()))
+    absent = [name for name in wanted if name not in source.features]
     if absent:
         raise MismatchError(
             f"{path} has no {', '.join(absent)}; it has {', '.join(source.features)}. Learn from the others, or augment it anew."
         )
-    columns = _columns(source, (inputs, target, VALID, "episode_index"))
+    columns = _columns(source, (*dict.fromkeys(wanted), "episode_index"))
     episodes = columns["episode_index"].reshape(-1).astype(np.int64)
     usable = columns[VALID].reshape(-1).astype(bool)
     if not usable.any():
@@ -272,6 +273,9 @@ def lerobot_examples(path: Path | str, config: DSBCConfig, first: int | None = N
         targets.reshape(len(targets), binding.horizon, binding.dim),
         episodes[usable],
         binding,
+        None
+        if config.regressor.intention is None
+        else columns[CHUNK][usable].astype(np.float32).reshape(len(targets), binding.horizon, binding.dim),
     )
 
 

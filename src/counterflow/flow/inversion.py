@@ -172,8 +172,13 @@ def refine(
     penalty: float = 0.0,
     *,
     solver: str = "euler",
+    weight: Tensor | None = None,
+    centre: Tensor | None = None,
 ) -> Tensor:
     """Search the noise w that minimises ||denoise(w) - action||^2 + penalty ||w||^2, by Adam through the denoising.
+
+    With weights p and a centre c it minimises sum p (denoise(w) - action)^2 + penalty ||w - c||^2: the most likely noise, if the
+    action was read off with variance 1 / p and the noise was expected at c.
 
     Each row keeps the best noise that it has seen, so none is returned that is worse than its start. The field's
     parameters get no gradients. Rows do not influence each other.
@@ -188,6 +193,8 @@ def refine(
         penalty: lambda >= 0, what a squared unit of noise may cost in squared error; keeps the noise likely under N(0,
         I).
         solver: the one that the noise will be denoised with.
+        weight: p >= 0, shaped like `action`: what a squared error of each entry counts; None: 1.
+        centre: c, shaped like `action`: what the penalty draws the noise to; None: 0.
 
     Returns:
         (B, ...) the noise, detached.
@@ -195,7 +202,7 @@ def refine(
     Raises:
         InvalidInputError: an argument is not as described, or the call is inside `torch.inference_mode` (use
         `torch.no_grad`).
-        MismatchError: `noise` is not shaped like `action`, or the field's output not like its input.
+        MismatchError: `noise`, `weight` or `centre` is not shaped like `action`, or the field's output not like its input.
         UnknownNameError: no such solver.
     """
     check_state(action, "action")
@@ -210,10 +217,16 @@ def refine(
         with torch.no_grad():
             noise = reverse(field, action, steps, solver)
     check_like(noise, "noise", action, "action")
+    for given, name in ((weight, "weight"), (centre, "centre")):
+        if given is not None:
+            check_like(given, name, action, "action")
 
     def objective(candidate: Tensor) -> Tensor:
-        missed = flatten_rows(denoise(field, candidate, steps, solver) - action)
-        return (missed**2).sum(1) + penalty * (flatten_rows(candidate) ** 2).sum(1)
+        missed = (denoise(field, candidate, steps, solver) - action) ** 2
+        strayed = candidate if centre is None else candidate - centre
+        return flatten_rows(missed if weight is None else weight * missed).sum(1) + penalty * (
+            flatten_rows(strayed) ** 2
+        ).sum(1)
 
     best = noise.detach()
     best_value = torch.full_like(flatten_rows(best).sum(1), math.inf)

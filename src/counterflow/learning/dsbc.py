@@ -8,6 +8,9 @@ noise from which its flow reached the executed chunk. A small network regresses 
 and at test time the frozen policy denoises what it says. The prior is not needed while training. The same recipe on the
 executed chunk, L = E || f(s + e) - a ||^2, is the baseline BC.
 
+With an intention (`counterflow.steering.Intention`) both are trained on the same examples, and the flow starts at the most likely
+noise given both.
+
 A few hundred samples are few: what keeps the network from learning them by heart are noise on its inputs, dropout, weight
 decay, an ensemble whose members each hold out other episodes, and stopping each member where its held-out loss was lowest.
 """
@@ -17,7 +20,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -87,12 +90,15 @@ class NoiseExamples:
         targets: (N, H, A) float32: noises, or normalised actions, without what the flow moves beyond them (padding).
         episodes: (N,) int64, the number of each pair's episode.
         binding: what the noises belong to.
+        chunks: (N, H, A) float32: beside noises, the normalised actions that they stand for, of which an intention is learned;
+            None where none is.
     """
 
     inputs: npt.NDArray[np.float32]
     targets: npt.NDArray[np.float32]
     episodes: npt.NDArray[np.int64]
     binding: Binding
+    chunks: npt.NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         """Check shapes and values.
@@ -106,13 +112,14 @@ class NoiseExamples:
                 "with observations, or with a policy that offers features."
             )
         expected = (len(self.inputs), self.binding.horizon, self.binding.dim)
-        if self.targets.shape != expected or self.episodes.shape != expected[:1]:
+        chunks = self.targets if self.chunks is None else self.chunks
+        if not self.targets.shape == chunks.shape == expected or self.episodes.shape != expected[:1]:
             raise DatasetError(
-                f"targets {self.targets.shape} and episodes {self.episodes.shape} don't fit {len(self.inputs)} inputs; expected "
-                f"{expected} and {expected[:1]}."
+                f"targets {self.targets.shape}, chunks {chunks.shape} and episodes {self.episodes.shape} don't fit "
+                f"{len(self.inputs)} inputs; expected {expected}, the same, and {expected[:1]}."
             )
-        for name in ("inputs", "targets"):
-            finite = np.isfinite(getattr(self, name)).reshape(len(self.inputs), -1).all(1)
+        for name, values in (("inputs", self.inputs), ("targets", self.targets), ("chunks", chunks)):
+            finite = np.isfinite(values).reshape(len(self.inputs), -1).all(1)
             if not finite.all():
                 raise DatasetError(
                     f"{name} hold NaN or infinite values, first in example {int(np.argmin(finite))} (episode "
@@ -148,6 +155,7 @@ def join(parts: Sequence[NoiseExamples], names: Sequence[str] = ()) -> NoiseExam
         np.concatenate([part.targets for part in parts]),
         np.concatenate([part.episodes + offsets[id(part)] for part in parts]),
         first.binding,
+        None if any(part.chunks is None for part in parts) else np.concatenate([part.chunks for part in parts]),
     )
 
 
@@ -231,6 +239,7 @@ class DSBCLearner:
                 )
         else:
             self.regressor = _copy_of(initial, examples.binding, config.regressor)
+            self.regressor.intention = None  # trained apart
         self.regressor.to(device).train()
         self._rng = generator(child_seed(seed, "distillation"), device)
         self._inputs = self.regressor.prepare(inputs.to(device))
@@ -375,7 +384,25 @@ def distil(
         MismatchError: `initial` belongs to another policy.
         InvalidInputError: the seed is out of range.
     """
-    learner = DSBCLearner(examples, DSBCConfig() if config is None else config, seed, device, initial)
+    config = DSBCConfig() if config is None else config
+    learner = DSBCLearner(examples, config, seed, device, initial)
     regressor = learner.fit(on_progress)
     regressor.provenance = learner.provenance()
+    if config.regressor.intention is None:
+        return regressor
+    if examples.chunks is None:
+        raise DatasetError(
+            "the examples hold no chunks to learn an intention from. Record them, or leave the intention out."
+        )
+    meant = replace(examples, targets=examples.chunks, chunks=None)
+    settings = replace(config, regressor=config.regressor.of_intention())
+    regressor.intention = distil(
+        meant,
+        settings,
+        seed=seed,
+        device=device,
+        initial=None if initial is None else initial.intention,
+        on_progress=on_progress,
+    )
+    regressor.provenance["intention"] = regressor.intention.provenance
     return regressor

@@ -12,6 +12,7 @@ from counterflow.steering.latent import LatentShape, describe_bound, mass_beyond
 from counterflow.steering.learned import (
     ChunkRegressor,
     ExecuteLearned,
+    Intention,
     LearnedNoise,
     RegressorConfig,
     binding_of,
@@ -44,6 +45,7 @@ __all__ = [
     "Guidance",
     "GuidanceSettings",
     "HighestValue",
+    "Intention",
     "LatentShape",
     "LearnedNoise",
     "Limits",

@@ -1,7 +1,8 @@
 """What was learned from steering: a small network that says where the flow starts, or (the baseline) what to execute.
 
 A `ChunkRegressor` maps what the frozen policy sees to a chunk. Trained on noises (DSBC, arXiv 2606.13675) it is a noise
-policy, and `LearnedNoise` makes it a start; trained on actions (behaviour cloning on the same data) it needs no prior, and
+policy, and `LearnedNoise` makes it a start; it may have an intention beside it, which says what chunk is meant (`Intention`);
+trained on actions (behaviour cloning on the same data) it needs no prior, and
 `ExecuteLearned` makes it an edit.
 """
 
@@ -17,7 +18,8 @@ from torch.nn import functional
 
 from counterflow.binding import Binding
 from counterflow.errors import CheckpointError, CounterflowError, InvalidInputError, MismatchError, UnknownNameError
-from counterflow.policies import BasePolicy, Normaliser, as_device
+from counterflow.flow import refine
+from counterflow.policies import BasePolicy, Normaliser, as_device, bind
 from counterflow.policies.described import (
     Format,
     check_unchanged,
@@ -40,6 +42,46 @@ LARGEST_INPUT = 10.0  # standard deviations; what is further off than this looks
 
 
 @dataclass(frozen=True)
+class Intention:
+    """How the chunk that is meant pulls at the noise of a noise policy.
+
+    A flow that hardly listens to its noise in some state needs a very particular noise there, and a regression misses it;
+    where it listens, the noise is all that is needed, and keeps near what the prior does. So two ensembles are trained on the
+    same examples, one for the noise, w_0 with the frozen flow D, one for the chunk, a with the members' deviation s, and the flow
+    starts at the most likely noise given both:
+
+        argmin_w  sum ((D(w) - a) / max(spread s, floor))^2 + penalty ||w - w_0||^2
+
+    by a few steps of Adam through the frozen flow. Where the members disagree, as they do far from the examples, the noise
+    policy decides. Ours; not in the papers.
+
+    Attributes:
+        spread: by how much the members' deviation understates their error.
+        floor: least deviation of the chunk, normalised units of actions.
+        penalty: of a squared unit of noise; infinitely much would be the noise policy alone.
+        iterations: of Adam, each one denoising and its gradient.
+        learning_rate: Adam's, units of the noise.
+
+    Raises:
+        InvalidInputError: a number is out of range.
+    """
+
+    spread: float = 1.0
+    floor: float = 0.1
+    penalty: float = 1.0
+    iterations: int = 20
+    learning_rate: float = 0.15
+
+    def __post_init__(self) -> None:
+        """Check every setting."""
+        for name in ("spread", "floor", "penalty", "learning_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InvalidInputError(f"{name} is {getattr(self, name)!r}; expected a positive number.")
+        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
+            raise InvalidInputError(f"iterations is {self.iterations!r}; expected a positive integer.")
+
+
+@dataclass(frozen=True)
 class RegressorConfig:
     """A regressor's architecture and what it maps from and to.
 
@@ -52,6 +94,8 @@ class RegressorConfig:
         bound: outputs are clamped to [-bound, bound], in units of the noise; None: not at all. A commanded gripper's noise
             goes beyond 3, yet bounding it there helps: what lies beyond is where the network extrapolates.
         latent: which part of a noise is learned and said; what isn't is the prior's own, or zero.
+        intention: of a noise policy: how a second ensemble, which says what chunk is meant, pulls at the noise; None: there is
+            none (DSBC as in the paper).
 
     Raises:
         UnknownNameError: no such target or kind of input.
@@ -65,9 +109,15 @@ class RegressorConfig:
     depth: int = 2
     bound: float | None = 3.0
     latent: LatentShape = field(default_factory=LatentShape)
+    intention: Intention | None = None
 
     def __post_init__(self) -> None:
         """Check names and numbers."""
+        if self.intention is not None and (self.target, self.latent.kind) != ("noise", "full"):
+            raise InvalidInputError(
+                f"an intention was asked for with target {self.target!r} and a {self.latent.kind!r} latent; expected 'noise' and "
+                "'full': the noise that is searched is a whole chunk's."
+            )
         if self.target == "action" and self.latent.kind != "full":
             raise InvalidInputError(
                 f"the latent's shape is {self.latent.kind!r} and the target actions; expected 'full': noises have shapes."
@@ -82,6 +132,10 @@ class RegressorConfig:
         if self.bound is not None and not 0 < self.bound < float("inf"):
             raise InvalidInputError(f"bound is {self.bound!r}; expected a positive number, or None for no bound.")
 
+    def of_intention(self) -> RegressorConfig:
+        """Return the configuration of the ensemble that says what chunk is meant."""
+        return RegressorConfig("action", self.inputs, self.members, self.width, self.depth, bound=None)
+
 
 class ChunkRegressor(nn.Module):
     """A small ensemble from what the frozen policy sees to a chunk.
@@ -91,12 +145,19 @@ class ChunkRegressor(nn.Module):
         input_normaliser: fitted to the inputs (F entries).
         output_normaliser: fitted to the flattened targets (H * A entries, or R * A of a latent shape; padding isn't learned).
         binding: what the targets belong to.
+
+    Attributes:
+        intention: the ensemble that says what chunk is meant, where `config.intention` says that there is one; set by who trains
+            or loads it.
     """
+
+    intention: ChunkRegressor | None
 
     def __init__(
         self, config: RegressorConfig, input_normaliser: Normaliser, output_normaliser: Normaliser, binding: Binding
     ) -> None:
         super().__init__()
+        self.intention = None
         rows = config.latent.rows(binding.horizon)
         size = rows * binding.dim
         if output_normaliser.dim != size:
@@ -146,16 +207,19 @@ class ChunkRegressor(nn.Module):
         return inputs_of(policy, context, self.config.inputs)
 
     def description(self) -> dict[str, Any]:
-        """Return everything but the numbers, as plain values; the latent's shape only where it isn't full, as before."""
+        """Return everything but the numbers, as plain values; latent and intention only where they are there, as before."""
         config = asdict(self.config)
         if self.config.latent == LatentShape():
             del config["latent"]
-        return {
+        if self.config.intention is None:
+            del config["intention"]
+        described = {
             "regressor": config,
             "binding": self.binding.to_json(),
             "input": {"dim": self.input_normaliser.dim, "normalisation": self.input_normaliser.kind},
             "output": {"normalisation": self.output_normaliser.kind},
         }
+        return described if self.intention is None else {**described, "intention": self.intention.description()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every number, by name, on the CPU."""
@@ -186,23 +250,9 @@ class ChunkRegressor(nn.Module):
         path = path.with_suffix(".safetensors") if path.suffix == ".json" else weights_path(path)
         content, tensors = read_described(path, FORMAT)
         try:
-            config = dict(content["regressor"])
-            if "latent" in config:
-                config["latent"] = LatentShape(**config["latent"])
-            regressor = cls(
-                RegressorConfig(**config),
-                Normaliser(
-                    tensors["input_normaliser.offset"],
-                    tensors["input_normaliser.scale"],
-                    content["input"]["normalisation"],
-                ),
-                Normaliser(
-                    tensors["output_normaliser.offset"],
-                    tensors["output_normaliser.scale"],
-                    content["output"]["normalisation"],
-                ),
-                Binding.from_json(content["binding"]),
-            )
+            regressor = cls._described(content, tensors, "")
+            if regressor.config.intention is not None:
+                regressor.intention = cls._described(content["intention"], tensors, "intention.")
             regressor.load_state_dict(tensors)
             regressor.provenance = content["provenance"]
         except (KeyError, TypeError, RuntimeError, CounterflowError) as error:
@@ -212,6 +262,23 @@ class ChunkRegressor(nn.Module):
             ) from error
         check_unchanged(path, content, regressor.description(), regressor.tensors())
         return regressor.to(device).requires_grad_(False).eval()
+
+    @classmethod
+    def _described(cls, content: dict[str, Any], tensors: dict[str, Tensor], prefix: str) -> ChunkRegressor:
+        """Make the network that a description tells of, its weights still to be loaded."""
+        config = dict(content["regressor"])
+        for name, kind in (("latent", LatentShape), ("intention", Intention)):
+            if name in config:
+                config[name] = kind(**config[name])
+        normalisers = [
+            Normaliser(
+                tensors[f"{prefix}{side}_normaliser.offset"],
+                tensors[f"{prefix}{side}_normaliser.scale"],
+                content[side]["normalisation"],
+            )
+            for side in ("input", "output")
+        ]
+        return cls(RegressorConfig(**config), normalisers[0], normalisers[1], Binding.from_json(content["binding"]))
 
 
 def binding_of(policy: BasePolicy, steps: int, solver: str = "euler") -> Binding:
@@ -258,7 +325,32 @@ class LearnedNoise:
         if spec.padding:
             fresh = draw_prior(rng, (*noise.shape[:-1], spec.padding), noise.device, spec.prior)
             noise = torch.cat([noise, fresh], dim=-1)
+        if self.regressor.intention is not None:
+            noise = self._meant(policy, context, noise)
         return noise, noise.new_zeros(context.batch_size)
+
+    def _meant(self, policy: BasePolicy, context: SteeringContext, noise: Tensor) -> Tensor:
+        """Return the most likely noise (B, H, A) given what the noise policy and its intention say, see `Intention`."""
+        regressor, spec = self.regressor, policy.action_spec
+        settings, intention = regressor.config.intention, regressor.intention
+        assert settings is not None
+        assert intention is not None
+        said = intention.members(intention.inputs_of(policy, context))
+        deviation = (settings.spread * said.std(0, correction=0)).clamp_min(settings.floor)
+        weight = deviation**-2
+        weight[:, : spec.past] = 0.0  # what was executed is nobody's to choose
+        return refine(
+            bind(policy, context.features),
+            functional.pad(said.mean(0), (0, spec.padding)),
+            regressor.binding.steps,
+            noise,
+            settings.iterations,
+            settings.learning_rate,
+            settings.penalty,
+            solver=regressor.binding.solver,
+            weight=functional.pad(weight, (0, spec.padding)),
+            centre=noise,
+        )
 
 
 @dataclass(frozen=True)
