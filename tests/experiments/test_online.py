@@ -160,6 +160,13 @@ def test_it_trains_evaluates_and_leaves_what_it_learned(
     curve = results["curves"]["0"]
     assert [point["decisions"] for point in curve] == [24, 48]
     assert 48 < curve[-1]["environment_steps"] <= 96
+    last = results["together"][-1]
+    assert last["environment_steps"] == round(
+        sum(results["curves"][seed][-1]["environment_steps"] for seed in "01") / 2
+    )
+    assert (last["episodes"], last["success_rate"]) == (4, sum(done.success.values()) / 2)
+    assert last["ci95"][0] < last["success_rate"] + 1e-9
+    assert (tmp_path / "run" / "figures" / "learning-curve.png").stat().st_size > 1000
     ledger = results["ledger"]
     assert ledger["environment_steps"] == sum(results["curves"][seed][-1]["environment_steps"] for seed in "01")
     # a decision denoises once; noise aliasing, anchors, and what is shown to a residual cost more

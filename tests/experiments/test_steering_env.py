@@ -133,6 +133,20 @@ def test_a_first_observation_that_is_no_number_stops_too(
         rows.begin()
 
 
+def test_rows_without_a_seed_go_on_to_their_next_episode(plane: Any, prior: FlowPolicy) -> None:
+    one, other = (SteeringVectorEnv(plane(2), prior, seed=4) for _ in range(2))
+    first, _ = one.reset(seed=[5, 6])
+    again, _ = other.reset(seed=[5, 6])
+    np.testing.assert_array_equal(first, again)
+    following, _ = one.reset()
+    mixed, _ = other.reset(seed=[5, None])
+    np.testing.assert_array_equal(mixed[0], first[0])
+    np.testing.assert_array_equal(mixed[1], following[1])
+    assert not np.array_equal(mixed[1], first[1])
+    with pytest.raises(InvalidInputError, match="give one each"):
+        one.reset(seed=[1])
+
+
 def test_numbers_out_of_range(plane: Any, prior: FlowPolicy) -> None:
     with pytest.raises(InvalidInputError, match="one each"):
         SteeredRows(plane(2), SteeringSpace(prior), [0])

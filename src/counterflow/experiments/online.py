@@ -5,7 +5,9 @@
     runs/<name>/seed-<n>/checkpoints/actor.safetensors  what steers: `counterflow.steering.steer_actor`; of the anchors in its
                                                         place anchors.safetensors: `counterflow.steering.steer_anchors`
     runs/<name>/start.json                              what the noise bound cuts off, and how the start compares with the base
-    runs/<name>/results.json                            learning curves, and the ledger: steps, evaluations, queries, seconds
+    runs/<name>/results.json                            learning curves, with intervals over all seeds' episodes, and the ledger:
+                                                        steps, evaluations, queries, seconds
+    runs/<name>/figures/learning-curve.png              the curve, once the run is finished
 
 With a recording, every episode of the training is put into a steering dataset as soon as it is over; what a killed run makes
 again is there already.
@@ -32,6 +34,7 @@ from torch import Tensor
 from counterflow.envs import VectorEnv, make_env
 from counterflow.errors import InvalidInputError, MismatchError, TrainingError, UnknownNameError
 from counterflow.experiments.evaluate import load_prior, machine, policy_name
+from counterflow.experiments.figures import success_curve
 from counterflow.experiments.online_agents import Agent, OffPolicyAgent, RFSAgent, starting, starting_std, under
 from counterflow.experiments.online_data import Prefilled, Recording, prefill
 from counterflow.experiments.online_settings import CONFIGS, Config, OnlineRun
@@ -298,6 +301,8 @@ class _Training:
             evaluating = bool(settings.episodes) and (self._due(before, settings.evaluate_every) or last)
             if evaluating:
                 self._evaluate()
+                if last:
+                    self._draw()
             if (self._due(before, settings.checkpoint_every) or evaluating or last) and agent.settled:
                 self._checkpoint()
         if not agent.settled and self.decision > first:
@@ -395,10 +400,37 @@ class _Training:
                 "algorithm": self.algorithm,
                 "env": self.vector.spec.name,
                 "curves": curves,
+                "together": [
+                    {"environment_steps": steps, **rate.to_json()} for steps, rate in self._together().items()
+                ],
                 "prefill": None if self.data is None else self.data.describe(),
                 "ledger": self.ledger.to_json(),
                 "machine": machine(),
             },
+        )
+
+    def _together(self) -> dict[float, SuccessRate]:
+        """Return success by the environment steps of a seed, the mean over seeds, all seeds' episodes together."""
+        found: dict[float, SuccessRate] = {}
+        for line in self.folder.metrics():
+            if all(f"success/seed-{seed}" in line for seed in self.seeds):
+                steps = sum(line[f"environment_steps/seed-{seed}"] for seed in self.seeds) / len(self.seeds)
+                rates = [line[f"success/seed-{seed}"] for seed in self.seeds]
+                count = self.settings.episodes
+                found[round(steps)] = SuccessRate(sum(round(rate * count) for rate in rates), count * len(rates))
+        return found
+
+    def _draw(self) -> None:
+        """Draw the learning curve with its intervals."""
+        place = self.folder.folder / "figures"
+        place.mkdir(exist_ok=True)
+        count = len(self.seeds)
+        success_curve(
+            {self.algorithm: self._together()},
+            place / "learning-curve.png",
+            xlabel="environment steps of a seed",
+            title=self.vector.spec.name,
+            subtitle=f"{count} training seed{'s' if count > 1 else ''}",
         )
 
     def _rates_so_far(self) -> dict[int, float]:

@@ -431,11 +431,20 @@ class SteeringVectorEnv(gymnasium.vector.VectorEnv[Array, Array, Array]):
     ) -> tuple[Array, dict[str, Any]]:
         """Begin episodes on all rows: the next ones, or the first that descend from `seed`."""
         if isinstance(seed, list):
-            given = [one if one is not None else 0 for one in seed]
+            if len(seed) != self.num_envs:
+                raise InvalidInputError(
+                    f"{len(seed)} seeds were given for {self.num_envs} environments; give one each."
+                )
+            given = [
+                before if one is None else child_seed(one % (2**31 - 1), "row")
+                for one, before in zip(seed, self.rows.seeds, strict=True)
+            ]
         elif seed is not None:
             given = [child_seed(seed % (2**31 - 1), "row", row) for row in range(self.num_envs)]
-        if seed is not None:
-            self.rows.seeds, self.rows.episodes = given, [-1] * self.num_envs
+        if seed is not None:  # a row without a seed of its own goes on to its next episode
+            kept = [row for row in range(self.num_envs) if isinstance(seed, list) and seed[row] is None]
+            self.rows.episodes = [one if row in kept else -1 for row, one in enumerate(self.rows.episodes)]
+            self.rows.seeds = given
         return self.rows.begin().cpu().numpy(), {}
 
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:

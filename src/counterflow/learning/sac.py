@@ -72,7 +72,8 @@ class SACConfig:
         target_entropy: of the whole action; None: minus half its size.
         prefilled_share: of a batch, from prefilled decisions.
         success_share: of a batch, from successful episodes.
-        bc_weight: lambda of -log pi over the actions of successful episodes, added to the actor's loss.
+        bc_weight: lambda of -log pi, divided by how many numbers an action has, over the actions of successful episodes; added to
+            the actor's loss.
         bc_batch: examples of it in an update.
         bc_decay: updates over which its weight falls to nothing; 0: it stays.
         bc_from: "prefilled" episodes alone, or "all".
