@@ -12,10 +12,11 @@ import torch
 
 from counterflow.cli import main
 from counterflow.data import EpisodeDataset, SteeringDataset
+from counterflow.experiments.online_data import anchors_of
 from counterflow.learning import DSBCConfig
 from counterflow.learning.dagger import DAggerConfig
 from counterflow.policies import Normaliser, load
-from counterflow.steering import ChunkRegressor, RegressorConfig, binding_of
+from counterflow.steering import AnchorsConfig, AnchorsCritic, ChunkRegressor, RegressorConfig, binding_of
 
 TASK = "ogbench/cube-single-task1"
 SMALL = ("--regressor.members", "2", "--regressor.width", "32", "--regressor.depth", "1", "--steps", "20")
@@ -281,6 +282,8 @@ class TestOnline:
         arguments += [
             "--prefill",
             str(tmp_path),
+            "--record",
+            str(tmp_path / "episodes"),
             "--set",
             "update_ratio=3",
             "rank=4",
@@ -294,6 +297,7 @@ class TestOnline:
         assert (settings.bound, settings.latent, settings.rank) == (1.25, "low_rank", 4)
         assert [*seen["rest"][0]] == [5, 6]
         assert seen["rest"][1] == tmp_path
+        assert seen["rest"][-1] == tmp_path / "episodes"
         assert (
             main(["train", "rfs", TASK, "--ports", "latent", "--residual-bound", "0.1", "0.2", "--preset", "paper"])
             == 0
@@ -341,6 +345,32 @@ class TestOnline:
     def test_a_setting_that_is_not_there(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert "unknown setting 'updates'" in failure(capsys, "train", "dsrl", TASK, "--set", "updates=3")
         assert "expected a int" in failure(capsys, "train", "dsrl", TASK, "--set", "update_ratio=x")
+
+    def test_anchors_are_evaluated_recorded_and_named(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """What training leaves is what eval and record take, and no other method does."""
+        prior = load("cube-single")
+        binding = binding_of(prior, 5)
+        config = AnchorsConfig(particles=2, hidden=(8,), weighted=True)
+        critic = AnchorsCritic(config, anchors_of(prior.action_spec), 28 + 25, 2, binding)
+        critic.requires_grad_(False)
+        path = critic.save(tmp_path / "anchors")
+        content = evaluation(tmp_path / "result.json", "--steer", "anchors", "--noise-policy", path, "--num-envs", "1")
+        assert content["settings"]["learned"] == critic.fingerprint
+        # 7 anchors and the reasoner's are reversed, and one candidate is denoised, 5 steps each
+        chunks = content["ledger"]["reasoner_queries"]
+        assert content["ledger"]["field_evaluations"] == chunks * 5 * (8 + 1) > 0
+        out = tmp_path / "recorded"
+        success(
+            capsys, "record", TASK, "--out", out, "--steer", "anchors", "--noise-policy", path, "--episodes", "1",
+            "--num-envs", "1", "--no-every-step",
+        )  # fmt: skip
+        (episode,) = SteeringDataset.load(out).episodes
+        assert np.isfinite(episode.arrays["noise"]).all()
+        assert (episode.arrays["start_time"] == 0).all()
+        few = ("--episodes", "1", "--num-envs", "1")
+        assert "needs critics and their anchors" in failure(capsys, "eval", TASK, "--steer", "anchors", *few)
+        message = failure(capsys, "eval", TASK, "--steer", "actor", "--noise-policy", path, *few)
+        assert "holds a 'counterflow/anchors'; expected a 'counterflow/steering-actor'" in message
 
     def test_an_actor_is_asked_for_and_not_there(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert "needs an actor" in failure(

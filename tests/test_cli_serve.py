@@ -10,9 +10,18 @@ import pytest
 import torch
 
 from counterflow.cli import main, parse
+from counterflow.experiments.online_data import anchors_of
 from counterflow.policies import Normaliser, load
 from counterflow.serving import running
-from counterflow.steering import ChunkRegressor, RegressorConfig, binding_of
+from counterflow.steering import (
+    ActorConfig,
+    AnchorsConfig,
+    AnchorsCritic,
+    ChunkRegressor,
+    RegressorConfig,
+    SteeringActor,
+    binding_of,
+)
 
 KEY = "a-long-enough-key"
 
@@ -67,6 +76,26 @@ class TestWhatIsServed:
         served = parse(["serve", "cube-single", "--steer", "dsbc", "--noise-policy", str(noise_policy)]).served()
         assert served.belongs["noise_policy"] == ChunkRegressor.load(noise_policy).fingerprint
 
+    @pytest.mark.parametrize(("weighted", "steerable"), [(False, False), (True, True)])
+    def test_anchors_listen_where_they_were_trained_to(self, weighted: bool, steerable: bool, tmp_path: Path) -> None:
+        prior = load("cube-single")
+        config = AnchorsConfig(particles=2, hidden=(8,), weighted=weighted)
+        critic = AnchorsCritic(config, anchors_of(prior.action_spec), 28 + 25, 2, binding_of(prior, 5))
+        path = critic.save(tmp_path / "anchors")
+        served = parse(["serve", "cube-single", "--steer", "anchors", "--noise-policy", str(path)]).served()
+        assert served.belongs["noise_policy"] == critic.fingerprint
+        assert served.metadata["steering"]["steerable"] == steerable
+        assert not served.metadata["steering"]["noise"]
+
+    def test_an_actor_is_served(self, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        config = ActorConfig(ports="both", residual_bound=(0.1,) * 5, hidden=(8,))
+        actor = SteeringActor(config, 28, 50, binding_of(load("cube-single"), 5))
+        path = actor.save(tmp_path / "actor")
+        served = parse(["serve", "cube-single", "--steer", "actor", "--noise-policy", str(path)]).served()
+        assert served.belongs["noise_policy"] == actor.fingerprint
+        assert not served.metadata["steering"]["steerable"]
+
     def test_a_robots_own_names(self, capsys: pytest.CaptureFixture[str]) -> None:
         served = parse(["serve", "cube-single", "--rename", "robot/joints=observation"]).served()
         read = served.read({"robot": {"joints": torch.zeros(28).numpy()}})
@@ -94,7 +123,7 @@ class TestBadInput:
         [
             (("cube-singel",), "did you mean 'cube-single'"),
             (("cube-single", "--steer", "dsbc"), "none was given"),
-            (("cube-single", "--noise-policy", "none"), "no such file"),
+            (("cube-single", "--steer", "dsbc", "--noise-policy", "none"), "no such file"),
             (("cube-single", "--host", "0.0.0.0"), "no API key is set"),
             (("cube-single", "--api-key-file", "none"), "the API key's file none can't be read"),
             (("cube-single", "--port", "99999"), "port is 99999"),

@@ -23,7 +23,13 @@ DOCUMENTS = [
         ROOT / "README.md",
         *(
             ROOT / "docs" / f"{name}.md"
-            for name in ("first-policy", "from-successes-to-a-policy", "put-it-on-a-robot", "real-time-chunking")
+            for name in (
+                "first-policy",
+                "from-successes-to-a-policy",
+                "put-it-on-a-robot",
+                "real-time-chunking",
+                "reinforcement-learning",
+            )
         ),
     ],
     ids=lambda path: path.name,

@@ -111,8 +111,8 @@ class Eval:
     """The task, for example ogbench/cube-single-task1."""
     steer: SteerName | LearnedName | GuidedName = "frs"
     """base: the policy alone; direct: the reference itself; frs: flow reversal steering; partial: partial noising; rank:
-    sample-and-rank; dsbc, bc: what 'counterflow distill' learned, actor: what online learning made, see --noise-policy; qgf:
-    guided by a critic's gradient, see --critic, which guides frs, dsbc and others, too."""
+    sample-and-rank; dsbc, bc: what 'counterflow distill' learned, actor, anchors: what online learning made, see --noise-policy;
+    qgf: guided by a critic's gradient, see --critic, which guides frs, dsbc and others, too."""
     episodes: int = 50
     """How many episodes."""
     seed: int = 0
@@ -122,7 +122,8 @@ class Eval:
     policy: str | None = None
     """A checkpoint, a run folder, or lerobot: and a hub id or folder; default: the shipped prior of the task's family."""
     noise_policy: Path | None = None
-    """What 'counterflow distill' wrote, for --steer dsbc or bc; or 'counterflow train dsrl' and its kin, for --steer actor."""
+    """What 'counterflow distill' wrote, for --steer dsbc or bc; or 'counterflow train dsrl' and its kin, for --steer actor, or
+    anchors (of --variant anchors)."""
     corrects: Path | None = None
     """Of --steer actor, the noise policy that the actor corrects ('counterflow train corrections --noise-policy')."""
     num_envs: int | None = None
@@ -199,7 +200,7 @@ class Record:
     policy: str | None = None
     """A checkpoint, a run folder, or lerobot: and a hub id or folder; default: the shipped prior of the task's family."""
     noise_policy: Path | None = None
-    """What was learned, for --steer dsbc, bc or actor, as in 'counterflow eval'."""
+    """What was learned, for --steer dsbc, bc, actor or anchors, as in 'counterflow eval'."""
     num_envs: int | None = None
     """Environments stepped side by side; what is recorded does not depend on it."""
     device: str = "cpu"

@@ -44,6 +44,9 @@ class OnlineOptions:
     """Of an evaluation, each seed; 0: no evaluation; default: the preset's."""
     policy: str | None = None
     """A checkpoint, a run folder, or lerobot: and a hub id or folder; default: the shipped prior of the task's family."""
+    record: Path | None = None
+    """A folder into which every episode of the training goes, as 'counterflow record' writes them, for 'counterflow distill' and
+    --prefill; made, or added to."""
     set: tuple[str, ...] = ()
     """Other settings to change, of the algorithm or of the run, each NAME=VALUE, for example update_ratio=5 bound=2."""
     device: str = "cpu"
@@ -71,7 +74,18 @@ class OnlineOptions:
         out = self.out or Path("runs") / f"{algorithm}-{self.env.split('/')[-1]}-{self.preset}"
         seeds = range(self.seed, self.seed + self.seeds)
         run_online(
-            console, algorithm, self.env, out, config, settings, seeds, prefill, noise_policy, self.policy, self.device
+            console,
+            algorithm,
+            self.env,
+            out,
+            config,
+            settings,
+            seeds,
+            prefill,
+            noise_policy,
+            self.policy,
+            self.device,
+            self.record,
         )
 
 
@@ -232,6 +246,7 @@ def run_online(
     noise_policy: Path | None,
     policy: str | None,
     device: str,
+    record: Path | None = None,
 ) -> None:
     """Train, with progress, and say where the actors lie."""
     with progress_bar(console, f"{algorithm} on {env}", settings.decisions, "decisions") as update:
@@ -250,6 +265,7 @@ def run_online(
             settings,
             prefill_from=prefill,
             noise_policy=noise_policy,
+            record_to=record,
             policy=policy,
             seeds=seeds,
             device=device,
@@ -272,6 +288,7 @@ def _say_actors(
     for seed, folder in folders.items():
         rate = f"  success {100 * success[seed]:.0f} %" if seed in success else ""
         console.print(f"  {folder}{rate}", soft_wrap=True)
-    actor = folder / "checkpoints" / "actor.safetensors"
-    if actor.exists():
-        console.print(f"next: counterflow eval {env} --steer actor --noise-policy {actor}{more}", soft_wrap=True)
+    for name in ("actor", "anchors"):
+        made = folder / "checkpoints" / f"{name}.safetensors"
+        if made.exists():
+            console.print(f"next: counterflow eval {env} --steer {name} --noise-policy {made}{more}", soft_wrap=True)

@@ -10,17 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 from counterflow.errors import InvalidInputError, UnknownNameError
 
 if TYPE_CHECKING:
+    from counterflow.experiments.evaluate import Learned
     from counterflow.reasoners.vlm import VLMSettings
-    from counterflow.steering import (
-        ChunkCritic,
-        ChunkRegressor,
-        GuidanceSettings,
-        MethodSettings,
-        SteeringActor,
-    )
+    from counterflow.steering import ChunkCritic, GuidanceSettings, MethodSettings
 
 SteerName = Literal["base", "direct", "frs", "partial", "rank"]
-LearnedName = Literal["dsbc", "bc", "actor"]
+LearnedName = Literal["dsbc", "bc", "actor", "anchors"]
 GuidedName = Literal["qgf"]
 
 
@@ -195,16 +190,17 @@ class Asking:
         )
 
 
-def load_learned(steer: str, path: Path | None, device: str) -> ChunkRegressor | SteeringActor | None:
+def load_learned(steer: str, path: Path | None, device: str) -> Learned | None:
     """Return what --noise-policy names, as --steer wants it; None where nothing is named.
 
     Raises:
         InvalidInputError: the method has no use for it.
     """
-    from counterflow.steering import ChunkRegressor, SteeringActor
+    from counterflow.steering import AnchorsCritic, ChunkRegressor, SteeringActor
 
     if path is None:
         return None
     if steer not in get_args(LearnedName):
         raise InvalidInputError(f"--noise-policy is of no use to --steer {steer}; did you mean --steer dsbc?")
-    return SteeringActor.load(path, device) if steer == "actor" else ChunkRegressor.load(path, device)
+    kinds: dict[str, type[SteeringActor] | type[AnchorsCritic]] = {"actor": SteeringActor, "anchors": AnchorsCritic}
+    return kinds[steer].load(path, device) if steer in kinds else ChunkRegressor.load(path, device)

@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 
 from counterflow.addresses import KEY_VARIABLE
-from counterflow.cli_options import LearnedName, Steering, SteerName
+from counterflow.cli_options import LearnedName, Steering, SteerName, load_learned
 from counterflow.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -31,10 +31,11 @@ class Serve:
     policy: tyro.conf.Positional[str]
     """A shipped prior (cube-single, scene, puzzle-3x3), a checkpoint, a run folder, or lerobot: and a hub id or folder."""
     steer: SteerName | LearnedName = "frs"
-    """How it follows the references that clients send; dsbc, bc: what 'counterflow distill' learned, see --noise-policy. A
-    request without a reference gets what the policy does by itself."""
+    """How it follows the references that clients send; dsbc, bc: what 'counterflow distill' learned, actor, anchors: what
+    online learning made, see --noise-policy. A request without a reference gets what the policy does by
+    itself."""
     noise_policy: Path | None = None
-    """What 'counterflow distill' wrote, for --steer dsbc (or bc)."""
+    """What was learned, for --steer dsbc, bc, actor or anchors, as in 'counterflow eval'."""
     host: str = "127.0.0.1"
     """The address to listen at. Beyond this machine only with a key (or --anyone)."""
     port: int = 8000
@@ -87,14 +88,11 @@ class Serve:
         from counterflow.policies.loading import load
         from counterflow.serving import ServedPolicy
         from counterflow.serving.remote import not_steerable
-        from counterflow.steering import ChunkRegressor
 
         if self.policy.startswith(("ws://", "wss://", "http://", "https://")):
             raise not_steerable(self.policy)
         prior = load(self.policy, self.device)
-        learned = None if self.noise_policy is None else ChunkRegressor.load(self.noise_policy, self.device)
-        if learned is not None and self.steer not in ("dsbc", "bc"):
-            raise InvalidInputError(f"--noise-policy is of no use to --steer {self.steer}; did you mean --steer dsbc?")
+        learned = load_learned(self.steer, self.noise_policy, self.device)
         return ServedPolicy(
             steered_by(prior, self.steer, self.steering.settings(), learned),
             seed=self.seed,

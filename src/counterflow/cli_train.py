@@ -112,12 +112,12 @@ class TrainResume:
         algorithm = read_config(self.run_folder / "config.yaml").get("algorithm")
         if algorithm in ONLINE:
             about, online, run = read_online_settings(self.run_folder)
-            prefill, noise = (
-                None if about[name] is None else Path(about[name]) for name in ("prefill", "noise_policy")
+            prefill, noise, record = (
+                None if about[name] is None else Path(about[name]) for name in ("prefill", "noise_policy", "record")
             )
             out, seeds = self.out or self.run_folder, about["seeds"]
             sources = prefill, noise, about["policy"]
-            run_online(console, str(algorithm), about["env"], out, online, run, seeds, *sources, self.device)
+            run_online(console, str(algorithm), about["env"], out, online, run, seeds, *sources, self.device, record)
             return
         if algorithm == "corrections":
             about, corrections, settled = read_corrections_settings(self.run_folder)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +15,43 @@ import pytest
 import torch
 
 import counterflow.experiments.online as module
+import counterflow.experiments.online_agents as agents
+from counterflow.cli_options import load_learned
 from counterflow.data import SteeringDataset, SteeringEpisode
 from counterflow.envs import VectorEnv
-from counterflow.errors import DatasetError, InvalidInputError, MismatchError, TrainingError, UnknownNameError
+from counterflow.errors import (
+    DatasetError,
+    InvalidInputError,
+    MismatchError,
+    TrainingError,
+    UnknownNameError,
+    WorkerError,
+)
+from counterflow.experiments.distill import distill
+from counterflow.experiments.evaluate import ReasonerSettings, evaluate, steered_by
 from counterflow.experiments.online import OnlineTrained, read_online_settings, train_online
-from counterflow.experiments.online_data import Proposals, corrections, prefill
+from counterflow.experiments.online_data import anchors_of, corrections, prefill
 from counterflow.experiments.online_settings import OnlineRun, online_preset
 from counterflow.experiments.record import arrays_of
 from counterflow.experiments.rollout import run_episodes
+from counterflow.learning.dsbc import DSBCConfig
 from counterflow.learning.dsrl import DSRLConfig
 from counterflow.learning.residual import ResidualConfig
 from counterflow.learning.rfs import RFSConfig
 from counterflow.policies import FlowPolicy
-from counterflow.random import generator
-from counterflow.reasoners import Direction
-from counterflow.steering import LatentShape, SteeredPolicy, SteeringActor, SteeringSpace, binding_of, steer_actor
+from counterflow.random import child_seed, generator
+from counterflow.reasoners import Direction, to_reference
+from counterflow.steering import (
+    AnchorsCritic,
+    LatentShape,
+    MethodSettings,
+    Proposals,
+    RegressorConfig,
+    SteeredPolicy,
+    SteeringActor,
+    SteeringSpace,
+    binding_of,
+)
 
 TINY: dict[str, Any] = {"width": 8, "depth": 1}
 SAC: dict[str, Any] = {**TINY, "batch_size": 8, "update_ratio": 1, "warmup": 8, "compile": False}
@@ -57,6 +81,42 @@ def world(plane: Callable[..., VectorEnv], prior: FlowPolicy, monkeypatch: pytes
     """The plane in the place of a benchmark, and its small flow in the place of a shipped prior."""
     monkeypatch.setattr(module, "make_env", lambda name, rows, workers=None: plane(rows, spoil=name.partition("!")[2]))
     monkeypatch.setattr(module, "load_prior", lambda env, policy, device: prior)
+
+
+class Alternating:
+    """A reasoner that remembers: it says one way, then another."""
+
+    def reset(self, seed: int) -> None:
+        self.asked = 0
+
+    def decide(self, view: Any) -> Direction:
+        self.asked += 1
+        return Direction([(1, 0, 0), (0, -1, 0), (-1, 0, 0)][self.asked % 3])
+
+
+def kill(monkeypatch: pytest.MonkeyPatch, at: int, run: Callable[[], Any]) -> None:
+    """Let a training end in the midst of its turn `at`."""
+    turns = 0
+    step = module._Training._turn
+
+    def killed(self: Any, *arguments: Any) -> None:
+        nonlocal turns
+        turns += 1
+        if turns == at:
+            raise KeyboardInterrupt
+        step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Training, "_turn", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+
+
+def evaluated(prior: FlowPolicy, method: str, made: Any, plane: Callable[..., VectorEnv]) -> list[Any]:
+    """Run the episodes with which a training evaluates itself."""
+    seeds = [child_seed(child_seed(0, "validation"), "episode", index) for index in range(RUN.episodes)]
+    with plane(4) as env:
+        return run_episodes(steered_by(prior, method, MethodSettings(), made), env, seeds)
 
 
 def algorithm_of(name: str) -> str:
@@ -89,7 +149,7 @@ def recorded(out: Path, prior: FlowPolicy, plane: Callable[..., VectorEnv], epis
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_it_trains_evaluates_and_leaves_what_it_learned(
-    name: str, world: None, prior: FlowPolicy, tmp_path: Path
+    name: str, world: None, prior: FlowPolicy, plane: Callable[..., VectorEnv], tmp_path: Path
 ) -> None:
     before = prior.fingerprint
     done = train(name, tmp_path / "run")
@@ -100,17 +160,26 @@ def test_it_trains_evaluates_and_leaves_what_it_learned(
     curve = results["curves"]["0"]
     assert [point["decisions"] for point in curve] == [24, 48]
     assert 48 < curve[-1]["environment_steps"] <= 96
+    last = results["together"][-1]
+    assert last["environment_steps"] == round(
+        sum(results["curves"][seed][-1]["environment_steps"] for seed in "01") / 2
+    )
+    assert (last["episodes"], last["success_rate"]) == (4, sum(done.success.values()) / 2)
+    assert last["ci95"][0] < last["success_rate"] + 1e-9
+    assert (tmp_path / "run" / "figures" / "learning-curve.png").stat().st_size > 1000
     ledger = results["ledger"]
     assert ledger["environment_steps"] == sum(results["curves"][seed][-1]["environment_steps"] for seed in "01")
     # a decision denoises once; noise aliasing, anchors, and what is shown to a residual cost more
     least = 2 * 48 * 3
     assert ledger["field_evaluations"] == least if name in ("dsrl", "rfs") else ledger["field_evaluations"] > least
     assert ledger["updates"] > 0
-    if name != "anchors":
-        actor = SteeringActor.load(done.folders[1] / "checkpoints" / "actor.safetensors")
-        plan = steer_actor(prior, actor).act(torch.zeros(1, 4), rng=0)
-        assert plan.actions.shape == (1, 2, 2)
-        assert actor.provenance["decisions"] == 48
+    kind = "anchors" if name == "anchors" else "actor"
+    made = load_learned(kind, done.folders[1] / "checkpoints" / f"{kind}.safetensors", "cpu")
+    assert made is not None
+    assert made.provenance["decisions"] == 48
+    # what lies there is what was evaluated
+    found = evaluated(prior, kind, made, plane)
+    assert sum(one.success for one in found) / len(found) == done.success[1]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -118,20 +187,7 @@ def test_a_run_that_was_killed_goes_on_with_the_same_numbers(
     name: str, world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(name, tmp_path / "whole")
-    turns = 0
-    step = module._Training._turn
-
-    def killed(self: Any, *arguments: Any) -> None:
-        nonlocal turns
-        turns += 1
-        if turns == 18:
-            raise KeyboardInterrupt
-        step(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module._Training, "_turn", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train(name, tmp_path / "killed")
+    kill(monkeypatch, 18, lambda: train(name, tmp_path / "killed"))
     done = train(name, tmp_path / "killed")
     assert 0 < done.decisions_done < 48
     whole, again = (
@@ -142,6 +198,143 @@ def test_a_run_that_was_killed_goes_on_with_the_same_numbers(
     ledgers = [json.loads((tmp_path / run / "results.json").read_text())["ledger"] for run in ("whole", "killed")]
     assert {**ledgers[0], "seconds": 0} == {**ledgers[1], "seconds": 0}
     assert train(name, tmp_path / "killed").decisions_done == 0
+
+
+@pytest.mark.parametrize("name", ["anchors", "dsrl"])
+def test_a_reasoner_that_remembers_goes_on_too(
+    name: str, world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it says depends on how often it was asked in the episode; a new process has to ask as often."""
+    monkeypatch.setattr(ReasonerSettings, "maker", lambda self, env: Alternating)
+    settings = replace(RUN, checkpoint_every=2, decisions=32, episodes=0)
+    settings = replace(settings, reasoner=True) if name == "anchors" else replace(settings, keep_steering=True)
+    config = replace(CONFIGS[name], warmup=10)
+    train(name, tmp_path / "whole", settings, config=config)
+    for turn in (8, 14):  # in the midst of episodes, the first of which began in the warm-up
+        out = tmp_path / f"killed-{turn}"
+        kill(monkeypatch, turn, partial(train, name, out, settings, config=config))
+        train(name, out, settings, config=config)
+        assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (out / "metrics.jsonl").read_text()
+
+
+def test_anchors_that_listen_to_a_reasoner_are_evaluated_with_it(
+    world: None, prior: FlowPolicy, plane: Callable[..., VectorEnv], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ReasonerSettings, "maker", lambda self, env: Alternating)
+    settings = replace(RUN, reasoner=True, decisions=24)
+    done = train("anchors", tmp_path / "run", settings)
+    made = AnchorsCritic.load(done.folders[0] / "checkpoints" / "anchors")
+    assert made.config.weighted
+    with plane(2) as env:
+        result = evaluate(env, prior, "anchors", 2, 0, learned=made)
+    assert result.queries > 0
+    unheard = AnchorsCritic.load(train("anchors", tmp_path / "deaf", RUN).folders[0] / "checkpoints" / "anchors")
+    with plane(2) as env:
+        assert evaluate(env, prior, "anchors", 2, 0, learned=unheard).queries == 0
+
+
+def test_a_simulator_that_dies_leaves_the_last_checkpoint_and_the_run_goes_on(
+    world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(RUN, decisions=24, checkpoint_every=4, episodes=0)
+    train("dsrl", tmp_path / "whole", settings)
+    calls, execute = 0, VectorEnv.execute
+
+    def dying(self: VectorEnv, *arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 9:
+            raise WorkerError("the worker process of environments 0 to 1 died (exit code -9).")
+        return execute(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VectorEnv, "execute", dying)
+        with pytest.raises(WorkerError):
+            train("dsrl", tmp_path / "killed", settings)
+    assert 0 < train("dsrl", tmp_path / "killed", settings).decisions_done < 24
+    assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (tmp_path / "killed" / "metrics.jsonl").read_text()
+
+
+def test_a_run_is_not_resumed_on_another_prior(
+    world: None, prior: FlowPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(RUN, decisions=8, episodes=0)
+    train("dsrl", tmp_path / "run", settings)
+    other = copy.deepcopy(prior)
+    with torch.no_grad():
+        next(iter(other.parameters())).add_(0.1)
+    monkeypatch.setattr(module, "load_prior", lambda env, policy, device: other)
+    with pytest.raises(TrainingError, match="policy_fingerprint"):
+        train("dsrl", tmp_path / "run", settings)
+
+
+class TestRecording:
+    @pytest.mark.parametrize("name", CONFIGS)
+    def test_every_episode_is_kept_and_nothing_is_lost_at_a_kill(
+        self, name: str, world: None, prior: FlowPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        train(name, tmp_path / "run", record_to=tmp_path / "whole")
+        whole = SteeringDataset.load(tmp_path / "whole")
+        ledger = json.loads((tmp_path / "run" / "results.json").read_text())["ledger"]
+        assert len(whole) == ledger["episodes"] > 0
+        assert {source["seed"] for source in whole.sources.values()} == {0, 1}
+        space = RUN.space(algorithm_of(name), prior)
+        assert whole.binding == binding_of(prior, 3)
+        for episode in whole:
+            arrays = episode.arrays
+            assert not arrays["intervened"].any()
+            context, _ = space.encode(torch.from_numpy(arrays["observations"]))
+            base = arrays["base_chunks"] if space.residual_size else arrays["chunks"]
+            latent = arrays["base_noise"] if space.residual_size else arrays["noise"]
+            made = space.denoise(context, torch.from_numpy(latent)).clamp(-1, 1).numpy()
+            np.testing.assert_allclose(np.clip(base, -1, 1), made, atol=1e-5)
+            # the plane's actions are the chunk's rows, 0.2 of each, and what was seen before each is there
+            steps = arrays["executed"].sum()
+            assert arrays["step_actions"].shape == (steps, 2)
+            np.testing.assert_allclose(arrays["step_actions"][:2], arrays["chunks"][0], atol=1e-6)
+            travelled = arrays["step_observations"][0, :2] + 0.2 * arrays["step_actions"].cumsum(0)[:-1]
+            np.testing.assert_allclose(arrays["step_observations"][1:, :2], travelled, atol=1e-5)
+            assert (np.abs(arrays["step_observations"][-1, :2] - 0.6).max() < 0.5) or not episode.success
+        kill(monkeypatch, 18, lambda: train(name, tmp_path / "killed", record_to=tmp_path / "again"))
+        there = len(SteeringDataset.load(tmp_path / "again"))
+        train(name, tmp_path / "killed", record_to=tmp_path / "again")
+        again = SteeringDataset.load(tmp_path / "again")
+        assert 0 < there < len(again) == len(whole)
+        for one, other in zip(whole, again, strict=True):
+            assert (one.key, one.seed, one.success) == (other.key, other.seed, other.success)
+            assert one.arrays.keys() == other.arrays.keys()
+            for field, values in one.arrays.items():
+                np.testing.assert_array_equal(values, other.arrays[field], field)
+
+    def test_what_was_recorded_is_distilled_and_prefilled(
+        self, world: None, plane: Any, prior: FlowPolicy, tmp_path: Path
+    ) -> None:
+        for name in ("dsrl", "residual"):
+            data = tmp_path / name
+            settings = replace(RUN, episodes=0, decisions=80)
+            train(name, tmp_path / f"run-{name}", settings, record_to=data)
+            assert SteeringDataset.load(data).successes > 0
+            small = DSBCConfig(RegressorConfig(members=1, width=8, depth=1, inputs="observation"), steps=5)
+            made = distill([data], tmp_path / f"policy-{name}", small)
+            assert made.binding == binding_of(prior, 3)
+            train(name, tmp_path / f"next-{name}", replace(settings, decisions=8), prefill_from=data)
+            told = json.loads((tmp_path / f"next-{name}" / "start.json").read_text())
+            assert name == "residual" or "noises_cut" in told["bound"]
+        # residuals come back as they were, on top of what the base gave
+        space = RUN.space("residual", prior)
+        found = prefill(tmp_path / "residual", space, "plane").recorded
+        assert (found.actions != 0).any()
+        shown, base = found.observations[:, :4], found.observations[:, 4:]
+        composed = space.compose(base.unflatten(1, (2, 2)), found.actions.unflatten(1, (2, 2))).flatten(1)
+        torch.testing.assert_close(composed, found.executed, atol=1e-4, rtol=0)
+        assert shown.abs().max() < 4
+
+    def test_where_it_cannot_be_recorded(self, world: None, plane: Any, prior: FlowPolicy, tmp_path: Path) -> None:
+        path = recorded(tmp_path / "data", prior, plane)
+        with pytest.raises(InvalidInputError, match="folder of its own"):
+            train("dsrl", tmp_path / "run", prefill_from=path, record_to=tmp_path / "data" / ".")
+        with pytest.raises(MismatchError, match="another way of denoising"):
+            train("dsrl", tmp_path / "other", replace(RUN, steps=4), record_to=path)
 
 
 def test_evaluation_changes_nothing(world: None, tmp_path: Path) -> None:
@@ -303,9 +496,9 @@ class TestCorrections:
 class TestProposals:
     def test_candidates_lie_around_reversed_references(self, prior: FlowPolicy) -> None:
         space = SteeringSpace(prior, steps=3, bound=3.0)
-        proposals = Proposals(space, particles=3, spread=0.01, steps=3)
+        proposals = Proposals(space, anchors_of(prior.action_spec), particles=3, spread=0.01, steps=3)
         context, _ = space.encode(torch.zeros(2, 4))
-        said = [Direction((1, 0, 0)), Direction((0, -1, 0))]
+        said = to_reference([Direction((1, 0, 0)), Direction((0, -1, 0))], prior.action_spec)
         found, weights = proposals.candidates(context, 2, generator(0), said)
         assert found.shape == (2, 8 * 3, 4)
         assert (weights[:, -3:] == 1).all()
@@ -338,9 +531,28 @@ class TestStart:
         assert told["base"]["success_rate"] == 1
         assert told["start"]["success_rate"] == 0
 
+    def test_the_random_residual_is_part_of_the_start(self, prior: FlowPolicy) -> None:
+        """A start that shakes the robot is not the base's."""
+        for config, name in (
+            (RFSConfig(residual_std=0.5), "rfs"),
+            (ResidualConfig(initial_std=0.5, ramp=200), "residual"),
+        ):
+            space = replace(RUN, residual_bound=(0.1, 0.4)).space(name, prior)
+            observation = torch.zeros(4000, 4)
+            still = agents.starting(space, replace(config, **START[name]), 7).act(observation, rng=0).actions
+            moved = agents.starting(space, config, 7).act(observation, rng=0).actions - still
+            assert moved.mean().abs() < 0.01
+            share = 0.5 if name == "residual" else 1.0  # of its ramp, when the warm-up is over
+            wanted = share * torch.tensor([0.1, 0.4]) * torch.tanh(0.5 * torch.randn(100_000)).std()
+            inside = (still.abs() < 0.5).all(-1)
+            torch.testing.assert_close(moved[inside].std(0), wanted, rtol=0.08, atol=0)
+
     def test_an_equal_start_is_not(self, world: None, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
         train("dsrl", tmp_path / "run", replace(RUN, decisions=8, start_episodes=6, bound=6.0, episodes=0))
         assert not [one for one in recwarn if "first success" in str(one.message)]
+
+
+START: dict[str, dict[str, Any]] = {"rfs": {"residual_std": 1e-6}, "residual": {"initial_std": 0.0068}}
 
 
 def _by_bound(policy: SteeredPolicy, env: VectorEnv, seeds: list[int]) -> list[Any]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
+from counterflow.envs import VectorEnv
 from counterflow.errors import InvalidInputError, TrainingError
 from counterflow.experiments.steering_env import SteeredRows, SteeringEnv, SteeringVectorEnv
 from counterflow.policies import FlowPolicy
@@ -107,8 +108,43 @@ def test_a_value_that_is_no_number_stops_and_says_where(spoil: str, plane: Any, 
     rows = SteeredRows(plane(2, spoil), SteeringSpace(prior), [0, 1], reward="dense")
     rows.begin()
     rows.step(torch.zeros(2, 4))
-    with pytest.raises(TrainingError, match=rf"the {spoil} of environment 0 \(plane, seed \d+\) is not finite after 2"):
+    step = {"reward": 3, "observation": 4}[spoil]  # rewards are known action by action, observations chunk by chunk
+    where = (
+        rf"the {spoil} of environment 0 \(plane, seed \d+\) is not finite at step {step} \(chunk 2\) of its episode 0"
+    )
+    with pytest.raises(TrainingError, match=where):
         rows.step(torch.zeros(2, 4))
+
+
+def test_a_first_observation_that_is_no_number_stops_too(
+    plane: Any, prior: FlowPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = plane(2)
+    rows = SteeredRows(env, SteeringSpace(prior), [0, 1])
+    reset = VectorEnv.reset
+
+    def spoilt(self: VectorEnv, seeds: Any) -> Any:
+        batch = reset(self, seeds)
+        batch.observation[1] = np.nan
+        return batch
+
+    monkeypatch.setattr(VectorEnv, "reset", spoilt)
+    with pytest.raises(TrainingError, match="the observation of environment 1 .* at step 0"):
+        rows.begin()
+
+
+def test_rows_without_a_seed_go_on_to_their_next_episode(plane: Any, prior: FlowPolicy) -> None:
+    one, other = (SteeringVectorEnv(plane(2), prior, seed=4) for _ in range(2))
+    first, _ = one.reset(seed=[5, 6])
+    again, _ = other.reset(seed=[5, 6])
+    np.testing.assert_array_equal(first, again)
+    following, _ = one.reset()
+    mixed, _ = other.reset(seed=[5, None])
+    np.testing.assert_array_equal(mixed[0], first[0])
+    np.testing.assert_array_equal(mixed[1], following[1])
+    assert not np.array_equal(mixed[1], first[1])
+    with pytest.raises(InvalidInputError, match="give one each"):
+        one.reset(seed=[1])
 
 
 def test_numbers_out_of_range(plane: Any, prior: FlowPolicy) -> None:

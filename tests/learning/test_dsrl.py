@@ -13,6 +13,7 @@ from torch.distributions import Independent, Normal, TanhTransform, TransformedD
 
 from counterflow.data import Recorded, Replay
 from counterflow.errors import CheckpointError, InvalidInputError, UnknownNameError
+from counterflow.learning.bc import can_compile
 from counterflow.learning.dsrl import AliasingLearner, AnchorsLearner, DSRLConfig, DSRLLearner, noise_critic_loss
 from counterflow.learning.sac import (
     INSIDE,
@@ -34,9 +35,10 @@ SMALL = {"width": 12, "depth": 1, "batch_size": 8, "compile": False}
 FAST = {**SMALL, "width": 24, "batch_size": 32, "learning_rate": 5e-3, "actor_learning_rate": 5e-3}
 
 
-def decode(observations: Tensor, latents: Tensor) -> Tensor:
-    """A flow whose chunk is the tanh of its noise, moved by the observation."""
-    return torch.tanh(latents + 0.1 * observations[:, :2])
+def decode(observations: Tensor, latents: Tensor, rest: Tensor | None = None) -> Tensor:
+    """A flow whose chunk is the tanh of its noise, moved by the observation (and by what it draws itself)."""
+    drawn = 0 if rest is None else 0.1 * rest.sum(1, keepdim=True)
+    return torch.tanh(latents + 0.1 * observations[:, :2] + drawn)
 
 
 def filled(seeds: int = 1, count: int = 200, prefilled: bool = False) -> Replay:
@@ -279,3 +281,50 @@ def test_a_squashed_policy_needs_limits() -> None:
         ActionSizes(3, torch.tensor([1.0, math.inf]))
     with pytest.raises(InvalidInputError, match="different"):
         make("sac", [1, 1])
+
+
+@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_update_gives_the_numbers_of_an_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise aliasing: every loss, and the flow inside, is compiled; several steps are one call.
+
+    What is compiled is traced and differentiated as always; writing C++ of it, which takes minutes, is left out.
+    """
+    compile_as_always = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, mode=None: compile_as_always(function, backend="aot_eager"))
+    torch.compiler.reset()
+    entered: list[bool] = []
+
+    def watched(observations: Tensor, latents: Tensor, rest: Tensor) -> Tensor:
+        entered.append(torch.compiler.is_compiling())
+        return decode(observations, latents, rest)
+
+    settings: dict[str, Any] = {**SMALL, "variant": "aliasing", "distill_steps": 2, "bc_weight": 0.5, "bc_batch": 4}
+    found = []
+    for compiled in (False, True):
+        config = DSRLConfig(**{**settings, "compile": compiled})
+        learner = AliasingLearner(SIZES, config, [0, 1], decode=watched if compiled else decode, rest=2)
+        numbers = learner.update(filled(2, 30, prefilled=True), 3)
+        found.append((numbers, learner.state()))
+    assert entered
+    assert all(entered)  # the flow is nowhere asked outside of what is compiled
+    for eager, compiled in zip(*found, strict=True):
+        assert eager.keys() == compiled.keys()
+        for name, value in eager.items():
+            torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_what_the_flow_draws_of_the_prior_is_drawn_with_everything_else() -> None:
+    settings: dict[str, Any] = {**SMALL, "variant": "aliasing", "distill_steps": 3}
+    config = DSRLConfig(**settings)
+    asked: list[Tensor] = []
+
+    def listening(observations: Tensor, latents: Tensor, rest: Tensor) -> Tensor:
+        asked.append(rest)
+        return decode(observations, latents, rest)
+
+    learner = AliasingLearner(SIZES, config, [0, 1], decode=listening, rest=5)
+    learner.update(filled(2, 30), 1)
+    assert [tuple(one.shape) for one in asked] == [(2 * 8, 5), (3 * 2 * 8, 5)]
+    assert learner.decoded_rows == 4 * 8
+    drawn = torch.cat(asked)
+    assert len(drawn.flatten().unique()) == drawn.numel()

@@ -24,6 +24,7 @@ from counterflow.random import check_seed, child_seed
 from counterflow.reasoners import CONVENTIONS, Convention, Reasoner, UnreliableReasoner, scripted_reasoner
 from counterflow.reasoners.vlm import VLMClient, VLMReasoner, VLMSettings
 from counterflow.steering import (
+    AnchorsCritic,
     ChunkCritic,
     ChunkRegressor,
     GuidanceSettings,
@@ -33,6 +34,7 @@ from counterflow.steering import (
     guide,
     steer,
     steer_actor,
+    steer_anchors,
     steer_learned,
 )
 from counterflow.steering.steered import frozen
@@ -43,8 +45,11 @@ LEARNED = {"dsbc": "noise", "bc": "action"}
 """Methods that are driven by a learned chunk, and what it was trained on."""
 ACTOR = "actor"
 """What reinforcement learning made: a latent, a residual, or both."""
+ANCHORS = "anchors"
+"""Critics that choose among what flow reversal proposes."""
 GUIDED = "qgf"
 """The policy alone, guided by a critic; with a critic the other methods are guided, too."""
+Learned = ChunkRegressor | SteeringActor | AnchorsCritic
 UNGUIDED = ("direct", "bc")
 """Methods that execute something else than what the flow gives: there is nothing to guide."""
 SHIPPED_PRIORS = {
@@ -226,7 +231,7 @@ def evaluate(
     *,
     settings: MethodSettings | None = None,
     reasoner: ReasonerSettings | None = None,
-    learned: ChunkRegressor | SteeringActor | None = None,
+    learned: Learned | None = None,
     critic: ChunkCritic | None = None,
     guidance: GuidanceSettings | None = None,
     on_episode: Callable[[Episode], None] | None = None,
@@ -238,12 +243,14 @@ def evaluate(
     Args:
         env: the task, vectorised; it stays open.
         policy: the frozen base policy.
-        method: "base", "direct", "frs", "partial" or "rank"; with `learned`, "dsbc", "bc" or "actor"; with `critic`, "qgf".
+        method: "base", "direct", "frs", "partial" or "rank"; with `learned`, "dsbc", "bc", "actor" or "anchors"; with `critic`,
+            "qgf".
         episodes: how many.
         seed: what they descend from.
         settings: of the method.
-        reasoner: who gives references; nobody does for "base", "qgf", "dsbc", "bc" and "actor".
-        learned: the noise policy of "dsbc", the action policy of "bc", or the actor of "actor".
+        reasoner: who gives references; nobody does for "base", "qgf", "dsbc", "bc", "actor", and "anchors" that were trained
+            without.
+        learned: the noise policy of "dsbc", the action policy of "bc", the actor of "actor", or critics and anchors.
         critic: what guides the flow: that of the policy alone ("qgf"), or, beside it, of "frs", "dsbc" and others.
         guidance: how; a weight that is to be found costs episodes of its own, which aren't counted as results.
         on_episode: called as each episode finishes.
@@ -256,7 +263,7 @@ def evaluate(
     settings = MethodSettings() if settings is None else settings
     reasoner = ReasonerSettings() if reasoner is None else reasoner
     steered = steered_by(policy, method, settings, learned)
-    make_reasoner = None if method in ("base", GUIDED, ACTOR, *LEARNED) else reasoner.maker(env.spec.name)
+    make_reasoner = reasoner.maker(env.spec.name) if asks(method, learned) else None
     own = own_settings(method, settings) | ({} if learned is None else {"learned": learned.fingerprint})
     if critic is not None or method == GUIDED:
         critic, guidance = _guiding(method, critic), GuidanceSettings() if guidance is None else guidance
@@ -301,7 +308,7 @@ def steered_by(
     policy: BasePolicy,
     method: str,
     settings: MethodSettings,
-    learned: ChunkRegressor | SteeringActor | None = None,
+    learned: Learned | None = None,
 ) -> SteeredPolicy:
     """Return `policy` steered by any method that has a name, zero-shot or learned; a critic goes on top (`guide`).
 
@@ -317,11 +324,27 @@ def steered_by(
                 "it with --noise-policy."
             )
         return steer_actor(policy, learned)
+    if method == ANCHORS:
+        if not isinstance(learned, AnchorsCritic):
+            raise InvalidInputError(
+                "'anchors' needs critics and their anchors, and none were given. Train them: 'counterflow train dsrl --variant "
+                "anchors', and pass them with --noise-policy."
+            )
+        return steer_anchors(policy, learned)
     if isinstance(learned, SteeringActor):
         raise MismatchError(f"an actor was given for {method!r}; use {ACTOR!r}.")
+    if isinstance(learned, AnchorsCritic):
+        raise MismatchError(f"critics and anchors were given for {method!r}; use {ANCHORS!r}.")
     if method in LEARNED:
         return _learned(policy, method, settings, learned)
     return steer(policy, "base" if method == GUIDED else method, settings)
+
+
+def asks(method: str, learned: Learned | None = None) -> bool:
+    """Say whether a method wants somebody to give references."""
+    if isinstance(learned, AnchorsCritic):
+        return learned.config.weighted
+    return method not in ("base", GUIDED, ACTOR, *LEARNED)
 
 
 def _learned(
@@ -372,6 +395,7 @@ def own_settings(method: str, settings: MethodSettings) -> dict[str, Any]:
         "dsbc": {"perturbation": settings.perturbation},
         "bc": {},
         ACTOR: {},
+        ANCHORS: {},
     }
     return dict(own[method])
 

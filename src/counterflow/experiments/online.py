@@ -2,9 +2,15 @@
 
     runs/<name>/config.yaml, metrics.jsonl, events.*    as every run
     runs/<name>/checkpoints/state.safetensors           learner, replay, and where every episode was: to go on from
-    runs/<name>/seed-<n>/checkpoints/actor.safetensors  what steers: `counterflow.steering.steer_actor`
+    runs/<name>/seed-<n>/checkpoints/actor.safetensors  what steers: `counterflow.steering.steer_actor`; of the anchors in its
+                                                        place anchors.safetensors: `counterflow.steering.steer_anchors`
     runs/<name>/start.json                              what the noise bound cuts off, and how the start compares with the base
-    runs/<name>/results.json                            learning curves, and the ledger: steps, evaluations, queries, seconds
+    runs/<name>/results.json                            learning curves, with intervals over all seeds' episodes, and the ledger:
+                                                        steps, evaluations, queries, seconds
+    runs/<name>/figures/learning-curve.png              the curve, once the run is finished
+
+With a recording, every episode of the training is put into a steering dataset as soon as it is over; what a killed run makes
+again is there already.
 
 Seeds are trained side by side, each with environments of its own. A simulator's state can't be written down, so a checkpoint
 keeps what was executed in the present episodes, and going on executes it again.
@@ -16,7 +22,8 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +34,21 @@ from torch import Tensor
 from counterflow.envs import VectorEnv, make_env
 from counterflow.errors import InvalidInputError, MismatchError, TrainingError, UnknownNameError
 from counterflow.experiments.evaluate import load_prior, machine, policy_name
-from counterflow.experiments.online_agents import Agent, OffPolicyAgent, PriorLatent, RFSAgent
-from counterflow.experiments.online_data import Prefilled, prefill
+from counterflow.experiments.figures import success_curve
+from counterflow.experiments.online_agents import Agent, OffPolicyAgent, RFSAgent, starting, starting_std, under
+from counterflow.experiments.online_data import Prefilled, Recording, prefill
 from counterflow.experiments.online_settings import CONFIGS, Config, OnlineRun
 from counterflow.experiments.rollout import run_episodes
 from counterflow.experiments.run import Run, read_config
 from counterflow.experiments.statistics import SuccessRate
-from counterflow.experiments.steering_env import SteeredRows
+from counterflow.experiments.steering_env import SteeredRows, Taken
 from counterflow.files import write_json
 from counterflow.learning.dsrl import DSRLConfig
 from counterflow.learning.rfs import RFSConfig
 from counterflow.policies import as_device
 from counterflow.random import child_seed
 from counterflow.steering import (
+    AnchorsCritic,
     ChunkRegressor,
     SteeredPolicy,
     SteeringSpace,
@@ -123,6 +132,7 @@ def train_online(
     *,
     prefill_from: Path | str | None = None,
     noise_policy: Path | str | None = None,
+    record_to: Path | str | None = None,
     policy: str | None = None,
     seeds: Sequence[int] = (0,),
     workers: int | None = None,
@@ -139,6 +149,8 @@ def train_online(
         settings: of the run.
         prefill_from: a steering dataset, whose episodes the replay begins with (not for RFS).
         noise_policy: what 'counterflow distill' wrote, of which DSRL's actor begins as an imitation.
+        record_to: a steering dataset, made or added to, into which the episodes of the training go: latent, base action, executed
+            action and intervention mask at every decision, and whether it succeeded. None: they are not kept.
         policy: the frozen policy; None: the shipped prior of the task's family.
         seeds: trained side by side.
         workers: of the simulators, see `make_env`.
@@ -161,7 +173,7 @@ def train_online(
             f"{algorithm} was given {type(config).__name__}; expected {CONFIGS[algorithm].__name__}."
         )
     settings = OnlineRun() if settings is None else settings
-    _check_sources(algorithm, prefill_from, noise_policy)
+    _check_sources(algorithm, prefill_from, noise_policy, record_to)
     device = as_device(device)
     prior = load_prior(env, policy, str(device))
     content = {
@@ -172,6 +184,7 @@ def train_online(
         "policy_fingerprint": policy_name(prior),
         "prefill": None if prefill_from is None else str(prefill_from),
         "noise_policy": None if noise_policy is None else str(noise_policy),
+        "record": None if record_to is None else str(record_to),
         "run": asdict(settings),
         **asdict(config),
     }
@@ -187,14 +200,35 @@ def train_online(
             if tight.bound != loose.bound:  # the noises decide on the bound, and the bound clips them
                 data = prefill(prefill_from, tight, env, **options)
             loose = tight
-        with make_env(env, settings.num_envs * len(seeds), workers=workers) as vector:
-            training = _Training(algorithm, vector, loose, folder, config, settings, list(seeds), device, data)
+        with ExitStack() as open_ones:
+            recording = None
+            if record_to is not None:
+                about = {
+                    name: content[name]
+                    for name in ("algorithm", "env", "policy_fingerprint", "prefill", "noise_policy")
+                }
+                about |= {"run": asdict(settings), "settings": asdict(config)}
+                recording = open_ones.enter_context(Recording(record_to, loose, about, list(seeds), settings.num_envs))
+            vector = open_ones.enter_context(make_env(env, settings.num_envs * len(seeds), workers=workers))
+            training = _Training(
+                algorithm, vector, loose, folder, config, settings, list(seeds), device, data, recording
+            )
             if noise_policy is not None:
                 training.imitated = ChunkRegressor.load(noise_policy, device)
             return training.go(on_progress)
 
 
-def _check_sources(algorithm: str, prefill_from: Path | str | None, noise_policy: Path | str | None) -> None:
+def _check_sources(
+    algorithm: str,
+    prefill_from: Path | str | None,
+    noise_policy: Path | str | None,
+    record_to: Path | str | None,
+) -> None:
+    if None not in (prefill_from, record_to) and Path(str(prefill_from)).resolve() == Path(str(record_to)).resolve():
+        raise InvalidInputError(
+            f"{record_to} is to be recorded to, and the replay begins with what it holds: after an interruption that would be "
+            "another. Record to a folder of its own."
+        )
     if prefill_from is not None and algorithm == "rfs":
         raise InvalidInputError(
             "RFS learns from what it does itself, and has no replay to prefill. Use dsrl or residual, or leave --prefill out."
@@ -217,11 +251,20 @@ class _Training:
         seeds: list[int],
         device: torch.device,
         data: Prefilled | None,
+        recording: Recording | None = None,
     ) -> None:
         self.algorithm, self.vector, self.space, self.folder = algorithm, vector, space, folder
         self.config, self.settings, self.seeds, self.data = config, settings, seeds, data
         streams = [child_seed(seed, "stream", stream) for seed in seeds for stream in range(settings.num_envs)]
-        self.rows = SteeredRows(vector, space, streams, discount=config.discount, reward=settings.reward)
+        self.recording = recording
+        self.rows = SteeredRows(
+            vector,
+            space,
+            streams,
+            discount=config.discount,
+            reward=settings.reward,
+            recording=recording is not None,
+        )
         self.rows.begin()
         self.agent: Agent
         if isinstance(config, RFSConfig):
@@ -234,6 +277,7 @@ class _Training:
         self.steps_of = [0] * len(seeds)
         self.success: dict[int, float] = {}
         self.imitated: ChunkRegressor | None = None
+        self.reported: list[dict[str, Tensor]] = []  # what was learned since the last report
 
     def go(self, on_progress: Callable[[OnlineProgress], None] | None) -> OnlineTrained:
         settings, folder, agent = self.settings, self.folder, self.agent
@@ -247,17 +291,18 @@ class _Training:
         folder.forget_after(first)
         self.success = self._rates_so_far()
         began, spent = time.perf_counter(), self.ledger.seconds
-        reported: list[dict[str, Tensor]] = []
         while self.decision < settings.decisions:
             before = self.decision
-            self._turn(reported)
+            self._turn()
             self.ledger.seconds = spent + time.perf_counter() - began
             last = self.decision >= settings.decisions
             if self._due(before, settings.report_every) or last:
-                self._report(reported, on_progress)
+                self._report(on_progress)
             evaluating = bool(settings.episodes) and (self._due(before, settings.evaluate_every) or last)
             if evaluating:
                 self._evaluate()
+                if last:
+                    self._draw()
             if (self._due(before, settings.checkpoint_every) or evaluating or last) and agent.settled:
                 self._checkpoint()
         if not agent.settled and self.decision > first:
@@ -269,7 +314,7 @@ class _Training:
             self.decision - first,
         )
 
-    def _turn(self, reported: list[dict[str, Tensor]]) -> None:
+    def _turn(self) -> None:
         """Make one decision on every row, and learn from it."""
         rows, agent, streams = self.rows, self.agent, self.settings.num_envs
         shown = rows.shown
@@ -277,10 +322,12 @@ class _Training:
         made = rows.step(actions)
         numbers = agent.observe(shown, actions, made)
         if numbers:
-            reported.append(numbers)
+            self.reported.append(numbers)
         self.decision += streams
         done = made.done.nonzero()[:, 0].tolist()
         for row in done:
+            if self.recording is not None:
+                self.recording.keep(rows, row, success=bool(made.success[row]))
             recent = self.recent[row // streams]
             recent.append(float(made.success[row]))
             del recent[:-RECENT]
@@ -298,11 +345,12 @@ class _Training:
     def _due(self, before: int, every: int) -> bool:
         return bool(every) and before // every < self.decision // every
 
-    def _report(self, reported: list[dict[str, Tensor]], on_progress: Callable[[OnlineProgress], None] | None) -> None:
+    def _report(self, on_progress: Callable[[OnlineProgress], None] | None) -> None:
         numbers: dict[str, float] = {}
+        reported = self.reported
         if reported:
-            names = list(reported[0])
-            table = torch.stack([torch.stack([one[name].float() for name in names]) for one in reported]).mean(0)
+            names = sorted(reported[0])  # as they come back from a checkpoint, in whatever order that kept them
+            table = torch.stack([torch.stack([one[name].float().cpu() for name in names]) for one in reported]).mean(0)
             broken = ~torch.isfinite(table).all(0)
             if bool(broken.any()):
                 seed = self.seeds[int(broken.nonzero()[0])]
@@ -323,7 +371,7 @@ class _Training:
         seeds = [child_seed(child_seed(0, "validation"), "episode", index) for index in range(self.settings.episodes)]
         told: dict[str, float] = {}
         for index, seed in enumerate(self.seeds):
-            found = run_episodes(self.agent.acting(index), self.vector, seeds)
+            found = run_episodes(self.agent.acting(index), self.vector, seeds, self.agent.make_reasoner)
             rate = sum(one.success for one in found) / len(found)
             self.success[seed] = rate
             told[f"success/seed-{seed}"] = rate
@@ -352,10 +400,37 @@ class _Training:
                 "algorithm": self.algorithm,
                 "env": self.vector.spec.name,
                 "curves": curves,
+                "together": [
+                    {"environment_steps": steps, **rate.to_json()} for steps, rate in self._together().items()
+                ],
                 "prefill": None if self.data is None else self.data.describe(),
                 "ledger": self.ledger.to_json(),
                 "machine": machine(),
             },
+        )
+
+    def _together(self) -> dict[float, SuccessRate]:
+        """Return success by the environment steps of a seed, the mean over seeds, all seeds' episodes together."""
+        found: dict[float, SuccessRate] = {}
+        for line in self.folder.metrics():
+            if all(f"success/seed-{seed}" in line for seed in self.seeds):
+                steps = sum(line[f"environment_steps/seed-{seed}"] for seed in self.seeds) / len(self.seeds)
+                rates = [line[f"success/seed-{seed}"] for seed in self.seeds]
+                count = self.settings.episodes
+                found[round(steps)] = SuccessRate(sum(round(rate * count) for rate in rates), count * len(rates))
+        return found
+
+    def _draw(self) -> None:
+        """Draw the learning curve with its intervals."""
+        place = self.folder.folder / "figures"
+        place.mkdir(exist_ok=True)
+        count = len(self.seeds)
+        success_curve(
+            {self.algorithm: self._together()},
+            place / "learning-curve.png",
+            xlabel="environment steps of a seed",
+            title=self.vector.spec.name,
+            subtitle=f"{count} training seed{'s' if count > 1 else ''}",
         )
 
     def _rates_so_far(self) -> dict[int, float]:
@@ -372,42 +447,51 @@ class _Training:
         if not self.agent.learner.finite():
             raise self._diverged(f"weights are not finite after decision {self.decision}")
         for index, seed in enumerate(self.seeds):
-            actor = self.agent.actor(index)
-            if actor is not None:
-                actor.provenance = {
-                    "algorithm": self.algorithm,
-                    "env": self.vector.spec.name,
-                    "seed": seed,
-                    "decisions": self.decision,
-                    "environment_steps": self.steps_of[index],
-                    "settings": asdict(self.config),
-                    "run": asdict(self.settings),
-                    "machine": machine(),
-                }
-                self._place(seed).mkdir(parents=True, exist_ok=True)
-                actor.save(self._place(seed) / "actor.safetensors")
+            made = self.agent.artefact(index)
+            made.provenance = {
+                "algorithm": self.algorithm,
+                "env": self.vector.spec.name,
+                "seed": seed,
+                "decisions": self.decision,
+                "environment_steps": self.steps_of[index],
+                "settings": asdict(self.config),
+                "run": asdict(self.settings),
+                "machine": machine(),
+            }
+            self._place(seed).mkdir(parents=True, exist_ok=True)
+            made.save(self._place(seed) / ("anchors" if isinstance(made, AnchorsCritic) else "actor"))
         if not final:
             self.folder.save_state(self._state())
 
     def _state(self) -> dict[str, Tensor]:
         longest = max(1, *(len(one) for one in self.rows.history))
-        executed = (self.space.executed, self.vector.spec.action_dim)
-        history = torch.zeros((len(self.rows), longest, *executed))
-        for row, chunks in enumerate(self.rows.history):
-            for turn, chunk in enumerate(chunks):
-                history[row, turn] = torch.from_numpy(chunk)
+        spec = self.space.policy.action_spec
+        flow = (spec.horizon, spec.state_dim)
+        shapes = {"actions": (self.space.executed, spec.dim), "noise": flow, "base": flow, "chunk": flow}
+        history = {name: torch.zeros((len(self.rows), longest, *shape)) for name, shape in shapes.items()}
+        for row, several in enumerate(self.rows.history):
+            for turn, taken in enumerate(several):
+                for name in shapes:
+                    history[name][row, turn] = torch.from_numpy(getattr(taken, name))
         recent = torch.full((len(self.seeds), RECENT), math.nan)
         for index, one in enumerate(self.recent):
             recent[index, : len(one)] = torch.tensor(one)
-        return self.agent.state() | {
-            "loop.decision": torch.tensor(self.decision),
-            "loop.ledger": torch.tensor(list(asdict(self.ledger).values()), dtype=torch.float64),
-            "loop.steps": torch.tensor(self.steps_of),
-            "loop.recent": recent,
-            "loop.episodes": torch.tensor(self.rows.episodes),
-            "loop.lengths": torch.tensor([len(one) for one in self.rows.history]),
-            "loop.history": history,
-        }
+        return (
+            self.agent.state()
+            | {
+                "loop.decision": torch.tensor(self.decision),
+                "loop.ledger": torch.tensor(list(asdict(self.ledger).values()), dtype=torch.float64),
+                "loop.steps": torch.tensor(self.steps_of),
+                "loop.recent": recent,
+                "loop.episodes": torch.tensor(self.rows.episodes),
+                "loop.lengths": torch.tensor([len(one) for one in self.rows.history]),
+            }
+            | {f"loop.history.{name}": values for name, values in history.items()}
+            | {
+                f"loop.reported.{name}": torch.stack([one[name].float().cpu() for one in self.reported])
+                for name in (self.reported[0] if self.reported else ())
+            }
+        )
 
     def _restore(self, state: dict[str, Tensor]) -> None:
         self.agent.restore(state)
@@ -415,9 +499,26 @@ class _Training:
         self.ledger = Ledger(*state["loop.ledger"].tolist())
         self.steps_of = state["loop.steps"].tolist()
         self.recent = [one[~one.isnan()].tolist() for one in state["loop.recent"]]
+        numbers = under("loop.reported.", state)
+        self.reported = [dict(zip(numbers, values, strict=True)) for values in zip(*numbers.values(), strict=True)]
         lengths = state["loop.lengths"].tolist()
-        history = [list(one[:length].numpy()) for one, length in zip(state["loop.history"], lengths, strict=True)]
-        self.rows.resume(state["loop.episodes"].tolist(), history)
+        names = [field.name for field in fields(Taken)]
+        if (
+            "loop.history" in state
+        ):  # written before recordings were known: only what was executed, and no recording goes on
+            nothing = torch.zeros(*state["loop.history"].shape[:2], 0)
+            state |= {f"loop.history.{name}": nothing for name in names} | {
+                "loop.history.actions": state["loop.history"]
+            }
+        history = [
+            [Taken(*(state[f"loop.history.{name}"][row, turn].numpy() for name in names)) for turn in range(length)]
+            for row, length in enumerate(lengths)
+        ]
+
+        def before(row: int, ago: int) -> None:
+            self.agent.remind(self.rows, row, self.decision - ago * self.settings.num_envs)
+
+        self.rows.resume(state["loop.episodes"].tolist(), history, before)
         self.rows.evaluations = 0
 
     def _imitate(self) -> None:
@@ -447,10 +548,9 @@ class _Training:
             told["bound"] = describe_bound(space.bound, space.latent, noises)
         if settings.start_episodes:
             seeds = [child_seed(child_seed(0, "start"), index) for index in range(settings.start_episodes)]
-            start = None if not space.latent_size else PriorLatent(space)
             policies = {
                 "base": SteeredPolicy(space.policy, steps=space.steps),
-                "start": SteeredPolicy(space.policy, start=start, steps=space.steps),
+                "start": starting(space, self.config, child_seed(0, "start", "residual")),
             }
             rates = {
                 name: SuccessRate.of(one.success for one in run_episodes(policy, self.vector, seeds))
@@ -460,8 +560,8 @@ class _Training:
             if rates["start"].interval.high < rates["base"].rate:
                 warnings.warn(
                     f"the base policy succeeds in {100 * rates['base'].rate:.0f}% of {settings.start_episodes} episodes, and its "
-                    f"steered start, latent {settings.latent!r} with bound {space.bound}, in {100 * rates['start'].rate:.0f}%: "
-                    "the first success may never come. Use latent 'full', or 'low_rank' with rest 'prior', or a larger bound.",
+                    f"steered start, {_said(space, self.config)}, in {100 * rates['start'].rate:.0f}%: the first success may "
+                    f"never come. {_cure(space)}",
                     stacklevel=2,
                 )
             self.rows.resume([0] * len(self.rows), [[] for _ in self.rows.seeds])
@@ -475,8 +575,26 @@ class _Training:
         )
 
 
+def _said(space: SteeringSpace, config: Config) -> str:
+    """Return what a learner begins with, in words."""
+    parts = [f"latent {space.latent.kind!r} with bound {space.bound}"] if space.latent_size else []
+    if space.residual_size:
+        parts.append(f"a residual with a deviation of {starting_std(config):g} of its bound")
+    return " and ".join(parts)
+
+
+def _cure(space: SteeringSpace) -> str:
+    """Return what helps against a start that is worse than the base."""
+    cures = ["Use latent 'full', or 'low_rank' with rest 'prior', or a larger bound."] if space.latent_size else []
+    if space.residual_size:
+        cures.append(
+            "Begin with a smaller residual (residual_std of RFS, initial_std of residual RL), or ramp it up (ramp)."
+        )
+    return " ".join(cures)
+
+
 def read_online_settings(folder: Path | str) -> tuple[dict[str, Any], Config, OnlineRun]:
-    """Read a run's settings: algorithm, env, seeds, policy, prefill and noise_policy; the algorithm's; the run's.
+    """Read a run's settings: algorithm, env, seeds, policy, prefill, noise_policy and record; the algorithm's; the run's.
 
     Raises:
         TrainingError: the folder holds no run of an online algorithm.
@@ -484,7 +602,7 @@ def read_online_settings(folder: Path | str) -> tuple[dict[str, Any], Config, On
     content = read_config(Path(folder) / "config.yaml")
     try:
         names = ("algorithm", "env", "seeds", "policy", "prefill", "noise_policy")
-        about = {name: content.pop(name) for name in names}
+        about = {name: content.pop(name) for name in names} | {"record": content.pop("record", None)}
         content.pop("policy_fingerprint")
         run = content.pop("run")
         run["residual_bound"] = tuple(run["residual_bound"])

@@ -8,31 +8,39 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from counterflow.data.replay import Replay
 from counterflow.envs import VectorEnv
 from counterflow.errors import InvalidInputError
 from counterflow.experiments.evaluate import ReasonerSettings
-from counterflow.experiments.online_data import Prefilled, Proposals, executed_of
+from counterflow.experiments.online_data import Prefilled, anchors_of
 from counterflow.experiments.online_settings import OnlineRun
+from counterflow.experiments.rollout import MakeReasoner
 from counterflow.experiments.steering_env import SteeredRows, Step
 from counterflow.flow import denoise
-from counterflow.learning.dsrl import AliasingLearner, AnchorsLearner, DSRLConfig, DSRLLearner
+from counterflow.learning.dsrl import AliasingLearner, AnchorsLearner, Decode, DSRLConfig, DSRLLearner
 from counterflow.learning.residual import Compose, ResidualConfig, ResidualLearner
 from counterflow.learning.rfs import RFSConfig, RFSLearner, Rollout
 from counterflow.learning.sac import ActionSizes, SACLearner
 from counterflow.policies import BasePolicy, bind
 from counterflow.random import RowGenerators, child_seed, draw_normal, draw_prior, generator
-from counterflow.reasoners import Direction, Reasoner
+from counterflow.reasoners import Direction, Reasoner, to_reference
 from counterflow.steering import (
     ActorConfig,
+    AnchorsConfig,
+    AnchorsCritic,
+    Proposals,
+    Reference,
     SteeredPolicy,
     SteeringActor,
     SteeringContext,
     SteeringSpace,
     binding_of,
     steer_actor,
+    steer_anchors,
 )
+from counterflow.steering.anchors import executed_of_candidates
 from counterflow.steering.start import Rng
 
 
@@ -62,13 +70,21 @@ class Agent(ABC):
         """Go on from it."""
 
     @abstractmethod
-    def actor(self, index: int) -> SteeringActor | None:
-        """Return a seed's actor, or None where there is none."""
+    def artefact(self, index: int) -> SteeringActor | AnchorsCritic:
+        """Return what is left of a seed: an actor, or critics and the anchors among which they choose."""
 
     @property
     def settled(self) -> bool:
         """Whether everything that is known lies in the state."""
         return True
+
+    @property
+    def make_reasoner(self) -> MakeReasoner | None:
+        """Who speaks while a seed's policy acts, or None: nobody."""
+        return None
+
+    def remind(self, rows: SteeredRows, row: int, decision: int) -> None:  # noqa: B027 - nothing to remember is an answer
+        """Be shown again what a row showed at an earlier decision, as a run goes on from its checkpoint."""
 
     evaluations = 0.0
     queries = 0.0
@@ -121,8 +137,9 @@ class OffPolicyAgent(Agent):
         self.proposals: Proposals | None = None
         anchors = isinstance(config, DSRLConfig) and config.variant == "anchors"
         if anchors or settings.keep_steering:
-            self.proposals = Proposals(space, settings.particles, settings.spread, settings.steps)
-        if settings.keep_steering or (anchors and settings.reasoner):
+            self.proposals = Proposals(space, anchors_of(spec), settings.particles, settings.spread, settings.steps)
+        self._weighted = anchors and settings.reasoner
+        if settings.keep_steering or self._weighted:
             if algorithm != "dsrl":
                 raise InvalidInputError(f"keep_steering is for dsrl; {algorithm} was asked for.")
             make = ReasonerSettings().maker(vector.spec.name)
@@ -140,26 +157,9 @@ class OffPolicyAgent(Agent):
             space.context_of(
                 torch.zeros(1, sizes.observation)
             )  # a policy that can't is refused before anything is begun
-            return AliasingLearner(sizes, config, self.seeds, self.device, decode=self._decode)
+            decode, rest = decoding(space)
+            return AliasingLearner(sizes, config, self.seeds, self.device, decode=decode, rest=rest)
         return DSRLLearner(sizes, config, self.seeds, self.device)
-
-    def _decode(self, observations: Tensor, latents: Tensor) -> Tensor:
-        """Return what is executed (N, C) of latents (N, D) at what was seen (N, F)."""
-        space, spec = self.space, self.space.policy.action_spec
-        fresh = torch.zeros((len(latents), spec.horizon, spec.state_dim), device=latents.device)
-        if space.latent.kind == "low_rank" and space.latent.rest == "prior":
-            fresh.normal_(generator=self._rest)
-        with torch.no_grad():
-            noise = space.noise(space.split(latents)[0], fresh)
-            made = denoise(bind(space.policy, space.context_of(observations)), noise, space.steps, space.solver)
-            limited = spec.normalise(spec.limit(spec.denormalise(made)))
-        self.evaluations += len(latents) * space.steps
-        return executed_of(space, limited)
-
-    @property
-    def _rest(self) -> torch.Generator:
-        # Stateless: what it draws depends on how far the learning is, so that going on draws the same.
-        return generator(child_seed(self.seeds[0], "rest", self.learner.step), self.device)
 
     def act(self, rows: SteeredRows, decision: int) -> Tensor:
         """Return actions (N, D): the base's own in the warm-up, then the learner's."""
@@ -191,40 +191,22 @@ class OffPolicyAgent(Agent):
         return actions.clamp(-limits, limits).to(self.device)
 
     def _choose(self, rows: SteeredRows, shown: Tensor, decision: int) -> Tensor:
+        """Return the chosen latents (S, E, D) of what is proposed."""
+        learner, config = self.learner, self.config
         assert self.proposals is not None
-        assert isinstance(self.learner, AnchorsLearner)
-        said = self._ask(rows) if self.reasoners else None
+        assert isinstance(learner, AnchorsLearner)
+        assert isinstance(config, DSRLConfig)
+        said = self._ask(rows) if self._weighted else None
         latents, weights = self.proposals.candidates(rows.context, len(rows), self._rngs(decision), said)
         self._count_proposals()
-        return self._best(shown, latents, weights if said is not None else None, explore=True)
-
-    def _best(
-        self,
-        shown: Tensor,
-        latents: Tensor,
-        weights: Tensor | None,
-        *,
-        explore: bool,
-        index: int | None = None,
-    ) -> Tensor:
-        """Return the chosen latents (S, E, D) of candidates (S E, N, D); for one seed alone where `index` says so."""
-        learner = self.learner
-        assert isinstance(learner, AnchorsLearner)
-        seeds = len(self.seeds)
-        wide = latents.to(self.device)
-        executed = torch.zeros((*wide.shape[:2], learner.sizes.executed), device=self.device)
-        if isinstance(self.config, DSRLConfig) and self.config.judged == "chunk":
-            seen = shown.flatten(0, 1).repeat_interleave(wide.shape[1], 0)
-            executed = self._decode(seen, wide.flatten(0, 1)).unflatten(0, wide.shape[:2])
-        shape = (seeds, shown.shape[1]) if index is None else (1, shown.shape[1])
-        parts = [wide.unflatten(0, shape), executed.unflatten(0, shape)]
-        if index is not None:  # all critics judge, one seed's is listened to
-            parts = [part.expand(seeds, *part.shape[1:]) for part in parts]
-            shown = shown.expand(seeds, -1, -1)
-        scores = learner.scores(shown, *parts)
-        opinion = None if weights is None else weights.to(self.device).unflatten(0, shape).expand(scores.shape)
-        chosen = learner.choose(parts[0], scores, opinion, explore=explore)
-        return chosen if index is None else chosen[index : index + 1]
+        shape = shown.shape[:2]
+        executed = torch.zeros((*latents.shape[:2], learner.sizes.executed))
+        if config.judged == "chunk":
+            executed = executed_of_candidates(self.space, rows.context, latents, rows.fresh)
+            self.evaluations += latents.shape[0] * latents.shape[1] * self.space.steps
+        wide, made = (one.to(self.device).unflatten(0, shape) for one in (latents, executed))
+        opinion = None if said is None else weights.to(self.device).unflatten(0, shape)
+        return learner.choose(wide, learner.scores(shown, wide, made), opinion)
 
     def _values(self, shown: Tensor, actions: Tensor) -> Tensor:
         """Return what the critics think of actions (S, E, N, D): the mean of the members, (S, E, N)."""
@@ -235,17 +217,28 @@ class OffPolicyAgent(Agent):
             values: Tensor = self.learner.networks["critic"].ensemble(judged)[..., 0].float().mean(1)
         return values.unflatten(1, (-1, count))  # type: ignore[no-any-return]
 
-    def _ask(self, rows: SteeredRows) -> list[Direction]:
-        batch = rows.env.present()
-        said = []
-        for row, reasoner in enumerate(self.reasoners):
-            present = (row, rows.episodes[row])
-            if self._asked[row] != present:
-                reasoner.reset(child_seed(rows.seeds[row], "reasoner", rows.episodes[row]))
-                self._asked[row] = present
-            said.append(reasoner.decide(batch.view(row)))
+    def _ask(self, rows: SteeredRows) -> Reference:
+        """Ask about what is seen now on all rows."""
+        said = [self._ask_about(rows, row) for row in range(len(rows))]
         self.queries += len(said)
-        return said
+        return to_reference(said, self.space.policy.action_spec)
+
+    def _ask_about(self, rows: SteeredRows, row: int) -> Direction:
+        reasoner, present = self.reasoners[row], (row, rows.episodes[row])
+        if self._asked[row] != present:
+            reasoner.reset(child_seed(rows.seeds[row], "reasoner", rows.episodes[row]))
+            self._asked[row] = present
+        return reasoner.decide(rows.env.present().view(row))
+
+    def remind(self, rows: SteeredRows, row: int, decision: int) -> None:
+        """Let a row's reasoner see again what it saw at an earlier decision: it may remember what it is about."""
+        if self.reasoners and (self._weighted or decision >= self.config.warmup):
+            self._ask_about(rows, row)
+
+    @property
+    def make_reasoner(self) -> MakeReasoner | None:
+        """Who speaks while a seed's policy acts: of anchors that are weighted by a reasoner's word, that one."""
+        return ReasonerSettings().maker(self.vector.spec.name) if self._weighted else None
 
     def _rngs(self, decision: int) -> RowGenerators:
         return RowGenerators(
@@ -267,7 +260,7 @@ class OffPolicyAgent(Agent):
         self.replay.add(
             shown.unflatten(0, shape),
             actions.unflatten(0, shape),
-            executed_of(self.space, made.decided.chunk).unflatten(0, shape),
+            self.space.executed_part(made.decided.chunk).unflatten(0, shape),
             made.rewards.unflatten(0, shape),
             made.discounts.unflatten(0, shape),
             made.shown.unflatten(0, shape),
@@ -278,20 +271,48 @@ class OffPolicyAgent(Agent):
             return {}
         updates = self.config.update_ratio * self.settings.num_envs
         self.updates += updates
+        if isinstance(self.learner, AliasingLearner):
+            self.evaluations += updates * len(self.seeds) * self.learner.decoded_rows * self.space.steps
         return self.learner.update(self.replay, updates)
 
     def acting(self, index: int) -> SteeredPolicy:
         """Return the policy that a seed has become."""
-        actor = self.actor(index)
-        if actor is not None:
-            return steer_actor(self.space.policy, actor)
-        return SteeredPolicy(self.space.policy, start=_Chosen(self, index), steps=self.space.steps)
+        made = self.artefact(index)
+        if isinstance(made, AnchorsCritic):
+            return steer_anchors(self.space.policy, made)
+        return steer_actor(self.space.policy, made)
 
-    def actor(self, index: int) -> SteeringActor | None:
-        """Return a seed's actor; anchors have none."""
-        if "actor" not in self.learner.networks:
-            return None
-        return actor_of(self.space, self.learner.networks["actor"].part(index, 1), "squashed")
+    def artefact(self, index: int) -> SteeringActor | AnchorsCritic:
+        """Return a seed's actor, or its critics and anchors."""
+        networks = self.learner.networks
+        if "actor" in networks:
+            return actor_of(self.space, networks["actor"].part(index, 1), "squashed")
+        config, settings, members = self.config, self.settings, self.config.members
+        assert isinstance(config, DSRLConfig)
+        critics = networks["critic"].part(index * members, members)
+        made = AnchorsCritic(
+            AnchorsConfig(
+                config.judged,
+                config.select,
+                config.select_temperature,
+                config.aggregation,
+                config.subset or members,
+                settings.particles,
+                settings.spread,
+                self._weighted,
+                self.space.bound,
+                self.space.latent,
+                critics.hidden,
+                critics.norm,
+                critics.activation,
+            ),
+            anchors_of(self.space.policy.action_spec),
+            critics.inputs,
+            members,
+            binding_of(self.space.policy, self.space.steps, self.space.solver),
+        )
+        made.network.load_state_dict(critics.state_dict())
+        return made.to(self.space.device).requires_grad_(False).eval()
 
     def state(self) -> dict[str, Tensor]:
         """Return everything that going on needs."""
@@ -303,25 +324,6 @@ class OffPolicyAgent(Agent):
         """Go on from it."""
         self.learner.restore(under("learner.", state))
         self.replay.restore(under("replay.", state))
-
-
-@dataclass(frozen=True, eq=False)
-class _Chosen:
-    """A start: the candidate that a seed's critics think best (anchors)."""
-
-    agent: OffPolicyAgent
-    index: int
-
-    def __call__(self, policy: BasePolicy, context: SteeringContext, rng: Rng) -> tuple[Tensor, Tensor]:
-        agent = self.agent
-        assert agent.proposals is not None
-        space, spec = agent.space, policy.action_spec
-        _, shown = space.encode(torch.as_tensor(context.observation))
-        latents, _ = agent.proposals.candidates(context.features, context.batch_size, rng)
-        best = agent._best(shown[None].to(agent.device), latents, None, explore=False, index=self.index)
-        fresh = torch.zeros((context.batch_size, spec.horizon, spec.state_dim), device=space.device)
-        noise = space.noise(space.split(best[0])[0], fresh)
-        return noise, noise.new_zeros(context.batch_size)
 
 
 class RFSAgent(Agent):
@@ -373,9 +375,9 @@ class RFSAgent(Agent):
 
     def acting(self, index: int) -> SteeredPolicy:
         """Return the policy that a seed has become."""
-        return steer_actor(self.space.policy, self.actor(index))
+        return steer_actor(self.space.policy, self.artefact(index))
 
-    def actor(self, index: int) -> SteeringActor:
+    def artefact(self, index: int) -> SteeringActor:
         """Return a seed's actor."""
         actor = actor_of(self.space, self.learner.policy.part(index, 1), "gaussian")
         actor.log_std.copy_(self.learner.log_std.detach()[index, 0])
@@ -388,6 +390,26 @@ class RFSAgent(Agent):
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from it."""
         self.learner.restore(under("learner.", state))
+
+
+def decoding(space: SteeringSpace) -> tuple[Decode, int]:
+    """Return the frozen flow as noise aliasing asks it, and how many draws of the prior it wants for a latent.
+
+    Raises:
+        MismatchError: the policy can't denoise from what a replay keeps.
+    """
+    spec, latent = space.policy.action_spec, space.latent
+    space.context_of(torch.zeros(1, 1))  # a policy that can't is refused before anything is begun
+    drawn = latent.kind == "low_rank" and latent.rest == "prior"
+
+    def decode(observations: Tensor, latents: Tensor, rest: Tensor) -> Tensor:
+        fresh = rest.unflatten(1, (spec.horizon, spec.dim)) if drawn else latents.new_zeros(1, spec.horizon, spec.dim)
+        fresh = functional.pad(fresh.expand(len(latents), -1, -1), (0, spec.padding))
+        noise = space.noise(space.split(latents)[0], fresh)
+        made = denoise(bind(space.policy, space.context_of(observations)), noise, space.steps, space.solver)
+        return space.executed_part(spec.normalise(spec.limit(spec.denormalise(made))))
+
+    return decode, spec.horizon * spec.dim if drawn else 0
 
 
 def composing(space: SteeringSpace) -> tuple[int, Compose]:
@@ -443,3 +465,54 @@ class PriorLatent:
         own = draw_normal(rng, (context.batch_size, space.latent_size), space.device)
         actions[:, : space.latent_size] = own
         return space.noise(space.split(actions)[0], fresh), fresh.new_zeros(context.batch_size)
+
+
+def starting_std(config: DSRLConfig | ResidualConfig | RFSConfig) -> float:
+    """Return the deviation, in units of the bound and before the squashing, of the residual that a learner begins with."""
+    if isinstance(config, RFSConfig):
+        return config.residual_std
+    return config.initial_std if isinstance(config, ResidualConfig) else 0.0
+
+
+def starting(space: SteeringSpace, config: DSRLConfig | ResidualConfig | RFSConfig, seed: int) -> SteeredPolicy:
+    """Return the policy that a learner begins as: its latents' law, and its random residual.
+
+    Args:
+        space: the actions.
+        config: settings of the algorithm.
+        seed: what the residuals descend from.
+    """
+    edit = None
+    if space.residual_size and not isinstance(config, DSRLConfig):
+        first = config.warmup if isinstance(config, ResidualConfig) else 0
+        edit = StartingResidual(space, starting_std(config), config.size_at(first), seed)
+    return SteeredPolicy(
+        space.policy, start=PriorLatent(space) if space.latent_size else None, edit=edit, steps=space.steps
+    )
+
+
+class StartingResidual:
+    """An edit: the random residual that a learner begins with, size * bound * tanh(std * N(0, I)).
+
+    Args:
+        space: whose units and bounds it has.
+        std: its deviation before the squashing.
+        size: the share of it that is executed.
+        seed: what it descends from.
+    """
+
+    candidates = 1
+
+    def __init__(self, space: SteeringSpace, std: float, size: float, seed: int) -> None:
+        self._space, self._std, self._size, self._rng = space, std, size, generator(seed)
+
+    def __call__(self, chunks: Tensor, context: SteeringContext) -> Tensor:  # noqa: ARG002 - the port's signature
+        """Add it to the first candidate."""
+        space, spec, base = self._space, self._space.policy.action_spec, chunks[:, 0]
+        raw = self._std * torch.randn((len(base), space.residual_size), generator=self._rng)
+        residual = self._size * space.limits[space.latent_size :] * torch.tanh(raw)
+        chunk = base.clone()
+        executed = slice(spec.past, spec.past + space.executed)
+        composed = space.compose(base, residual.to(base).unflatten(1, (space.executed, spec.dim)))
+        chunk[:, executed] = spec.normalise(composed).to(base)
+        return chunk[:, None]

@@ -1,23 +1,24 @@
-"""From steering datasets to prefilled replays, and flow-reversed candidates for those who choose among them."""
+"""From steering datasets to prefilled replays, from trainings to steering datasets, and the anchors of those who choose."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from counterflow.data import SteeringDataset
+from counterflow.data import SteeringDataset, SteeringEpisode
 from counterflow.data.replay import Recorded
 from counterflow.errors import DatasetError, InvalidInputError, MismatchError
-from counterflow.experiments.steering_env import RewardKind
-from counterflow.policies import repeat_context
-from counterflow.random import draw_normal
+from counterflow.experiments.record import arrays_of, inverted
+from counterflow.experiments.steering_env import RewardKind, SteeredRows
+from counterflow.policies import ActionSpec
 from counterflow.reasoners import OGBENCH, Convention, Direction, to_reference
-from counterflow.steering import FlowReversal, Reference, Rng, SteeringContext, SteeringSpace, binding_of
+from counterflow.steering import Reference, SteeringSpace, binding_of
 
 AXES = ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1))
 
@@ -62,8 +63,9 @@ def prefill(
 ) -> Prefilled:
     """Read recorded steered rollouts as decisions in a steering space.
 
-    The latent of a decision is the coefficients nearest to its noise, clipped to the bound; a residual is 0, what was executed
-    being the base's (so residual RL wants rollouts of the base). A decision after which nothing was seen (the last one of an
+    The latent of a decision is the coefficients nearest to its noise, clipped to the bound. A residual is what was executed
+    beyond the base's chunk, where that was recorded; else it is 0, what was executed being taken for the base's (so residual RL
+    wants rollouts of the base, or of residual RL). A decision after which nothing was seen (the last one of an
     episode that ran out of time) is left out.
 
     Args:
@@ -97,14 +99,17 @@ def prefill(
         noise = torch.from_numpy(arrays["noise"])[..., : spec.dim]
         chunks = torch.from_numpy(arrays["chunks"])
         _, shown = space.encode(torch.from_numpy(arrays["observations"]))
-        shown = shown.cpu()
+        shown, acted = shown.cpu(), space.executed_part(chunks)
+        base = torch.from_numpy(arrays["base_chunks"]) if "base_chunks" in arrays else chunks
         if space.show_base:
-            shown = torch.cat([shown, chunks.flatten(1)], 1)
+            shown = torch.cat([shown, base.flatten(1)], 1)
         actions = torch.zeros(count, space.size)
         if space.latent_size:
             actions[:, : space.latent_size] = space.latent.project(noise).flatten(1)
             limits = space.limits
             actions = actions.clamp(-limits, limits)
+        if space.residual_size and "base_chunks" in arrays:
+            actions[:, space.latent_size :], acted = residuals_of(space, base, chunks, torch.from_numpy(executed))
         rewards = np.zeros(count)
         if reward == "dense":
             if "rewards" not in arrays:
@@ -128,7 +133,7 @@ def prefill(
         part = {
             "observations": shown,
             "actions": actions,
-            "executed": executed_of(space, chunks),
+            "executed": acted,
             "rewards": torch.from_numpy(rewards).float(),
             "discounts": torch.from_numpy(discounts).float(),
             "next_observations": following,
@@ -195,18 +200,12 @@ def corrections(
             found = space.denoise(context, noise).cpu()
             known = torch.from_numpy(arrays["intervened"] & (arrays["start_time"] == 0))[:, None, None]
             base = torch.where(known, found, torch.from_numpy(arrays["chunks"]))
-        spec, chunks = space.policy.action_spec, torch.from_numpy(arrays["chunks"])
-        own = slice(spec.past, spec.past + space.executed)
-        raw, done = spec.denormalise(base), spec.denormalise(chunks)
-        limited = spec.limit(raw)
-        # Where only the limits of the actions made a difference nobody corrected anything, nor beyond what was executed.
-        row = torch.arange(chunks.shape[1])[:, None] - spec.past
-        counts = (row < torch.from_numpy(arrays["executed"])[:, None, None]) & ((done - limited).abs() > 1e-5)
-        residual = torch.where(counts, done - raw, 0.0)[:, own].flatten(1)
-        acted = spec.normalise(torch.where(counts, done, limited))
+        residual, acted = residuals_of(
+            space, base, torch.from_numpy(arrays["chunks"]), torch.from_numpy(arrays["executed"])
+        )
         bases.append(base[:count].flatten(1))
-        actions.append(residual[:count].clamp(-space.limits, space.limits))
-        executed.append(acted[:count, own, : spec.dim].flatten(1))
+        actions.append(residual[:count])
+        executed.append(acted[:count])
     if not seen:
         raise DatasetError(f"nobody intervened in {path}. Record with an expert at hand ('counterflow dagger').")
     size = bases[0].shape[1]
@@ -224,68 +223,84 @@ def corrections(
     )
 
 
-def executed_of(space: SteeringSpace, chunks: Tensor) -> Tensor:
-    """Return what is executed of chunks (B, H, A + padding), flat and normalised, (B, C)."""
-    spec = space.policy.action_spec
-    return chunks[:, spec.past : spec.past + space.executed, : spec.dim].flatten(1)
+def residuals_of(space: SteeringSpace, base: Tensor, chunks: Tensor, executed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return residuals (N, E A), within their bounds, and what was executed (N, E A), normalised.
 
-
-class Proposals:
-    """Candidates of flow reversal: references, reversed, and noises near them.
+    Where only the limits of the actions made a difference nobody added anything, nor beyond what was executed: these rows of a
+    chunk are the base's own.
 
     Args:
-        space: the latents.
-        particles: noises for each reference, the reversed one among them.
-        spread: standard deviation of the others around it.
-        steps: K of the reversal.
-        convention: how directions are written.
+        space: a residual's.
+        base: (N, H, A + padding) what the flow gave, normalised.
+        chunks: (N, H, A + padding) what was to be executed, normalised.
+        executed: (N,) how many of its actions were.
+    """
+    spec = space.policy.action_spec
+    raw, done = spec.denormalise(base), spec.denormalise(chunks)
+    limited = spec.limit(raw)
+    row = torch.arange(chunks.shape[1])[:, None] - spec.past
+    counts = (row < executed[:, None, None]) & ((done - limited).abs() > 1e-5)
+    own = slice(spec.past, spec.past + space.executed)
+    residual = torch.where(counts, done - raw, 0.0)[:, own].flatten(1)
+    limits = space.limits[space.latent_size :]
+    return residual.clamp(-limits, limits), space.executed_part(spec.normalise(torch.where(counts, done, limited)))
+
+
+def anchors_of(spec: ActionSpec, convention: Convention = OGBENCH) -> Reference:
+    """Return the six directions and "defer" as references, (7, H, A + padding); the gripper is the policy's."""
+    return to_reference(
+        [*(Direction(axis, gripper="policy") for axis in AXES), Direction(defer=True)], spec, convention
+    )
+
+
+class Recording:
+    """The episodes of an online training as they come to their end, in a steering dataset; a context manager.
+
+    Episodes of a seed are known by their row and number, so those that a run makes again after a kill are there already. As in
+    every steering dataset the noise that is kept with a chunk gives that chunk: where a residual was added it is found by exact
+    inversion, and `base_noise` and `base_chunks` hold where the flow started and what it gave.
+
+    Args:
+        path: the dataset's folder; made, or added to.
+        space: what an action means.
+        about: what determines the training, beside the seed.
+        seeds: trained side by side.
+        streams: environments of each.
+
+    Raises:
+        MismatchError: the folder holds noises of another policy, or of another way of denoising.
+        StorageError: it can't be written, or another process records there.
     """
 
     def __init__(
-        self,
-        space: SteeringSpace,
-        particles: int = 8,
-        spread: float = 0.5,
-        steps: int = 5,
-        convention: Convention = OGBENCH,
+        self, path: Path | str, space: SteeringSpace, about: Mapping[str, Any], seeds: Sequence[int], streams: int
     ) -> None:
-        self.space, self.particles, self.spread = space, particles, spread
-        self._start, self._convention = FlowReversal(steps), convention
-        self._axes = [Direction(axis, gripper="policy") for axis in AXES]
-        self.evaluations = 0  # of the field, a row each
+        self._space, self._streams = space, streams
+        self._binding = binding_of(space.policy, space.steps, space.solver)
+        self.dataset = SteeringDataset.create_or_open(path, self._binding)
+        kind = {"recording": "online training"}
+        self._sources = [self.dataset.add_source({**kind, **about, "seed": seed}) for seed in seeds]
 
-    @torch.no_grad()
-    def reverse(self, context: object, directions: Sequence[Direction], rng: Rng) -> Tensor:
-        """Return the coefficients (B, R A) of the noise that each row's direction reverses to; fresh where nobody speaks."""
-        spec = self.space.policy.action_spec
-        reference = to_reference(directions, spec, self._convention)
-        rows = len(directions)
-        placed = Reference(
-            *(one.to(self.space.device) for one in (reference.chunk, reference.active, reference.steered))
-        )
-        noise, _ = self._start(self.space.policy, SteeringContext(context, rows, placed), rng)
-        self.evaluations += rows * self._start.steps
-        return self.space.latent.project(noise[..., : spec.dim]).flatten(1)
+    def __enter__(self) -> Recording:
+        """Return self; others may record once the block ends."""
+        return self
 
-    @torch.no_grad()
-    def candidates(
-        self, context: object, rows: int, rng: Rng, said: Sequence[Direction] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return candidates (B, N, R A) for every row, and what the reasoner thinks of them (B, N).
+    def __exit__(self, *_: object) -> None:
+        """Close the dataset."""
+        self.dataset.close()
 
-        All six directions and "defer" (the prior's own noise); where somebody has said one, also that, which then counts ten
-        times as much as any other.
+    def keep(self, rows: SteeredRows, row: int, *, success: bool) -> None:
+        """Keep a row's episode, which is over.
+
+        Raises:
+            StorageError: it can't be written; those before are safe.
         """
-        own = [*self._axes, Direction(defer=True)]
-        asked = [[*own, *([] if said is None else [said[row]])] for row in range(rows)]
-        anchors = len(asked[0])
-        wide = repeat_context(context, anchors)
-        centres = self.reverse(wide, [one for row in asked for one in row], rng).unflatten(0, (rows, anchors))
-        noise = draw_normal(rng, (rows, anchors, self.particles, centres.shape[-1]))
-        noise[:, :, 0] = 0
-        limits = self.space.limits[: self.space.latent_size].to(centres)
-        found = (centres[:, :, None] + self.spread * noise.to(centres)).clamp(-limits, limits)
-        weights = torch.full((rows, anchors, self.particles), 0.1)
-        if said is not None:
-            weights[:, -1] = 1.0
-        return found.flatten(1, 2), weights.flatten(1)
+        source, env = self._sources[row // self._streams], rows.env.spec.name
+        index = rows.episodes[row] * self._streams + row % self._streams
+        if self.dataset.has(source, env, index):
+            return
+        edited = self._space.residual_size > 0
+        arrays = arrays_of(rows.decisions[row], bases=edited)
+        if edited:
+            arrays |= inverted(self._space.policy, arrays, self._binding)
+        self.dataset.append(SteeringEpisode(env, rows.seed_of(row), index, success, source, arrays))

@@ -17,8 +17,11 @@ from counterflow.data import EpisodeDataset, SteeringDataset, SteeringEpisode
 from counterflow.errors import DatasetError, InvalidInputError
 from counterflow.experiments.evaluate import (
     ACTOR,
+    ANCHORS,
     LEARNED,
+    Learned,
     ReasonerSettings,
+    asks,
     check_episodes,
     load_prior,
     open_env,
@@ -29,7 +32,7 @@ from counterflow.experiments.inversion import InversionSettings, add_noises, inv
 from counterflow.experiments.rollout import Decision, Episode, run_episodes
 from counterflow.policies import BasePolicy
 from counterflow.random import check_seed, child_seed
-from counterflow.steering import ChunkRegressor, MethodSettings, SteeringActor, binding_of
+from counterflow.steering import MethodSettings, binding_of
 
 SMALLEST_WAVE = 8  # episodes; fewer would leave the environments idle
 
@@ -66,7 +69,7 @@ def record(
     max_episodes: int | None = None,
     every_step: bool = True,
     inversion: Literal["regularised", "exact"] = "regularised",
-    learned: ChunkRegressor | SteeringActor | None = None,
+    learned: Learned | None = None,
     device: str = "cpu",
     on_episode: Callable[[Episode, int], None] | None = None,
 ) -> Recorded:
@@ -74,13 +77,13 @@ def record(
 
     Which episodes are recorded depends on the arguments alone, not on the number of environments or on interruptions. Every
     episode is on disk as soon as it is over. The noise that is kept with each chunk gives that chunk when it is denoised: for
-    "frs", "base", "rank", "dsbc" and an actor of latents it is the one that was used; for the others, whose chunks did not come
-    from a noise at t = 0 or were edited, it is found by exact inversion. Where a chunk was edited, `base_noise` and `base_chunks`
-    hold where the flow started and what it gave.
+    "frs", "base", "rank", "dsbc", "anchors" and an actor of latents it is the one that was used; for the others, whose chunks did
+    not come from a noise at t = 0 or were edited, it is found by exact inversion. Where a chunk was edited, `base_noise` and
+    `base_chunks` hold where the flow started and what it gave.
 
     Args:
         env: the task.
-        method: "frs", "direct", "partial", "rank" or "base"; with `learned`, "dsbc", "bc" or "actor".
+        method: "frs", "direct", "partial", "rank" or "base"; with `learned`, "dsbc", "bc", "actor" or "anchors".
         out: the dataset's folder; made, or added to.
         successes: how many successful episodes there should be.
         episodes: record so many episodes instead, whatever comes of them (as a critic wants them).
@@ -93,7 +96,7 @@ def record(
         every_step: also find, for successful episodes, the noise of the actions that were executed from every step on: as
             many more examples as a chunk has actions, for one inversion an episode.
         inversion: how that noise is found (`InversionSettings`).
-        learned: the noise policy of "dsbc", the action policy of "bc", or the actor of "actor".
+        learned: the noise policy of "dsbc", the action policy of "bc", the actor of "actor", or critics and anchors.
         device: where the policy computes.
         on_episode: called with each finished episode and the number of successes so far.
 
@@ -113,13 +116,13 @@ def record(
     settings = MethodSettings() if settings is None else settings
     reasoner = ReasonerSettings() if reasoner is None else reasoner
     prior = load_prior(env, policy, device)
-    if learned is not None and method not in (ACTOR, *LEARNED):
+    if learned is not None and method not in (ACTOR, ANCHORS, *LEARNED):
         raise InvalidInputError(
-            f"{method!r} was given something that was learned; expected 'dsbc', 'bc' or 'actor' with it."
+            f"{method!r} was given something that was learned; expected 'dsbc', 'bc', 'actor' or 'anchors' with it."
         )
     steered = steered_by(prior, method, settings, learned)
     has_noise = method in ("frs", "base", "rank") or (learned is not None and not steered.edits)
-    asks = learned is None and method != "base"
+    asked = asks(method, learned)
     own_steps = (
         has_noise or method == ACTOR
     )  # an actor's chunks come of the flow that it was trained with, edited or not
@@ -130,7 +133,7 @@ def record(
         "env": env,
         "method": method,
         "settings": own_settings(method, settings),
-        "reasoner": reasoner.to_json() if asks else None,
+        "reasoner": reasoner.to_json() if asked else None,
         "every_step": asdict(of_steps) if every_step else None,
         "seed": check_seed(seed),
         "policy": binding.policy,
@@ -168,7 +171,7 @@ def record(
                     # What a chosen or replaced chunk was chosen over is nobody's base.
                     arrays = arrays_of(episode.decisions, bases=method == ACTOR and steered.edits)
                     if not has_noise:
-                        arrays |= _inverted(prior, arrays, binding)
+                        arrays |= inverted(prior, arrays, binding)
                     if every_step and episode.success:  # nobody learns from the others
                         arrays |= step_noises(prior, arrays, of_steps)
                     dataset.append(SteeringEpisode(env, episode.seed, index, episode.success, source, arrays))
@@ -178,7 +181,7 @@ def record(
                         on_episode(episode, sum(outcomes.values()))
                     episode.decisions.clear()
 
-                drawn: dict[str, Any] = {"render": reasoner.render} if asks and reasoner.render is not None else {}
+                drawn: dict[str, Any] = {"render": reasoner.render} if asked and reasoner.render is not None else {}
                 vector = (
                     open_env(env, max(episodes or successes, SMALLEST_WAVE), num_envs=num_envs, **drawn)
                     if vector is None
@@ -188,7 +191,7 @@ def record(
                     steered,
                     vector,
                     list(missing),
-                    reasoner.maker(env) if asks else None,
+                    reasoner.maker(env) if asked else None,
                     convention=reasoner.writing(),
                     record=True,
                     on_episode=keep,
@@ -268,7 +271,8 @@ def one_episode(observations: npt.NDArray[Any], actions: npt.NDArray[Any]) -> Ep
     return EpisodeDataset(arrays, np.zeros(1, np.int64), np.array([len(actions)], np.int64))
 
 
-def _inverted(policy: BasePolicy, arrays: dict[str, npt.NDArray[Any]], binding: Binding) -> dict[str, npt.NDArray[Any]]:
+def inverted(policy: BasePolicy, arrays: dict[str, npt.NDArray[Any]], binding: Binding) -> dict[str, npt.NDArray[Any]]:
+    """Return the noise that gives an episode's chunks, by exact inversion, in the place of where the flow started."""
     noise, _ = invert_chunks(
         policy,
         torch.from_numpy(arrays["observations"]),

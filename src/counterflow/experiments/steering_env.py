@@ -9,7 +9,7 @@ through the flow. Both, and this library's own training, stand on `SteeredRows`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -22,10 +22,10 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from counterflow.envs import VectorEnv, make_env
+from counterflow.envs import Batch, VectorEnv, make_env
 from counterflow.errors import InvalidInputError, TrainingError, UnknownNameError
 from counterflow.experiments.evaluate import load_prior
-from counterflow.experiments.rollout import check_fit
+from counterflow.experiments.rollout import Decision, check_fit
 from counterflow.policies import BasePolicy
 from counterflow.random import check_seed, child_seed, draw_prior, generator
 from counterflow.steering import Decided, SteeringSpace
@@ -64,6 +64,23 @@ class Step:
         return self.terminated | self.truncated
 
 
+@dataclass(frozen=True)
+class Taken:
+    """A decision that was executed in an episode that goes on: what going on from a checkpoint needs of it.
+
+    Attributes:
+        actions: (E, A) what was executed, environment units.
+        noise: (H, A + padding) where the flow started.
+        base: (H, A + padding) what it gave, normalised.
+        chunk: (H, A + padding) what was to be executed, normalised.
+    """
+
+    actions: Array
+    noise: Array
+    base: Array
+    chunk: Array
+
+
 class SteeredRows:
     """Episodes side by side, each steered by an action a chunk.
 
@@ -78,6 +95,7 @@ class SteeredRows:
         reward: "success": 1 where the task is solved, else 0; "cost": -1 a chunk, 0 where it is solved (DSRL on pi0); "dense":
             the environment's own (OGBench: minus the number of sub-goals that are not reached).
         max_chunks: truncate episodes after so many chunks; None: when the environment does.
+        recording: keep every decision of the present episodes in `decisions`.
 
     Raises:
         MismatchError: policy and environment don't fit.
@@ -94,6 +112,7 @@ class SteeredRows:
         discount: float = 0.99,
         reward: RewardKind = "success",
         max_chunks: int | None = None,
+        recording: bool = False,
     ) -> None:
         check_fit(space.policy, env.spec)
         if len(seeds) != env.num_envs:
@@ -107,7 +126,9 @@ class SteeredRows:
         self.env, self.space, self.discount, self.reward, self.max_chunks = env, space, discount, reward, max_chunks
         self.seeds = [check_seed(seed) for seed in seeds]
         self.episodes = [-1] * len(seeds)  # the number of each row's present episode
-        self.history: list[list[Array]] = [[] for _ in seeds]  # the chunks that were executed in it
+        self.history: list[list[Taken]] = [[] for _ in seeds]  # what was executed in it
+        self.recording = recording
+        self.decisions: list[list[Decision]] = [[] for _ in seeds]  # the same, with all that a recording holds
         self._rngs = [generator(0) for _ in seeds]
         self._observation = np.zeros((len(seeds), env.spec.observation_dim), np.float32)
         self._fresh: Tensor = self._draw(range(len(seeds)))
@@ -141,27 +162,38 @@ class SteeredRows:
         seeds = {}
         for row in chosen:
             self.episodes[row] += 1
-            seeds[row] = self._seed_of(row)
+            seeds[row] = self.seed_of(row)
         self._begin(seeds)
         return self._show()
 
-    def resume(self, episodes: Sequence[int], history: Sequence[Sequence[Array]]) -> Tensor:
+    def resume(
+        self,
+        episodes: Sequence[int],
+        history: Sequence[Sequence[Taken]],
+        before: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
         """Go back to where rows were, by executing again what was executed in their present episodes.
 
         Args:
             episodes: each row's episode.
-            history: the chunks (E, A) that were executed in it.
+            history: what was executed in it.
+            before: called with each row, and how many decisions ago it was, before a decision is executed again.
         """
         self.episodes = list(episodes)
-        self._begin({row: self._seed_of(row) for row in range(len(self))})
+        self._begin({row: self.seed_of(row) for row in range(len(self))})
         longest = max(len(chunks) for chunks in history)
         for turn in range(longest):
             rows = [row for row, chunks in enumerate(history) if turn < len(chunks)]
             actions = np.zeros((len(self), self.space.executed, self.env.spec.action_dim), np.float32)
             for row in rows:
-                actions[row] = history[row][turn]
-                self.history[row].append(actions[row])
+                if before is not None:
+                    before(row, len(history[row]) - turn)
+                actions[row] = history[row][turn].actions
+                self.history[row].append(history[row][turn])
+            seen, features = self._observation.copy(), self._features() if self.recording else None
             batch = self.env.execute(actions, rows=rows)
+            if self.recording:
+                self._record(rows, seen, features, batch)
             self._observation[rows] = batch.observation[rows]
             self._fresh[rows] = self._draw(rows)
         return self._show()
@@ -181,14 +213,21 @@ class SteeredRows:
         decided = self.space.decide(self._context, actions, self._fresh, self._base)
         if self._base is None:
             self.evaluations += len(self) * self.space.steps
-        chunks = decided.actions.float().cpu().numpy()
-        batch = self.env.execute(chunks)
+        taken = [one.float().cpu().numpy() for one in (decided.actions, decided.noise, decided.base, decided.chunk)]
+        features = self._features() if self.recording else None
+        batch = self.env.execute(taken[0])
         for row in range(len(self)):
-            self.history[row].append(chunks[row].copy())
+            self.history[row].append(Taken(*(one[row].copy() for one in taken)))
         for what, values in (("the reward", batch.rewards), ("the observation", batch.observation)):
             sound = np.isfinite(values).all(axis=1)
             if not sound.all():
-                raise self._broken(int(np.argmin(sound)), what)
+                row = int(np.argmin(sound))
+                of_chunk = (
+                    int(np.argmin(np.isfinite(values[row]))) if what == "the reward" else int(batch.steps[row]) - 1
+                )
+                raise self._broken(row, what, of_chunk)
+        if self.recording:
+            self._record(range(len(self)), self._observation, features, batch)
         terminated = batch.terminated | batch.success
         late = np.array([self.max_chunks is not None and len(one) >= self.max_chunks for one in self.history])
         truncated = (batch.truncated | late) & ~terminated
@@ -218,11 +257,10 @@ class SteeredRows:
         for row, seed in seeds.items():
             self._rngs[row] = generator(child_seed(seed, "policy"))
             self._observation[row] = batch.observation[row]
-            self.history[row] = []
+            self.history[row], self.decisions[row] = [], []
+            if not np.isfinite(batch.observation[row]).all():
+                raise self._broken(row, "the observation", -1)
         self._fresh[list(seeds)] = self._draw(list(seeds))
-
-    def _seed_of(self, row: int) -> int:
-        return child_seed(self.seeds[row], "online", self.episodes[row])
 
     def _draw(self, rows: Sequence[int]) -> Tensor:
         spec = self.space.policy.action_spec
@@ -240,11 +278,46 @@ class SteeredRows:
         self.shown = inputs
         return inputs
 
-    def _broken(self, row: int, what: str) -> TrainingError:
+    def _features(self) -> Array | None:
+        """Return what the policy makes of the present observations, (N, F), where it offers features."""
+        if not hasattr(self.space.policy, "features"):
+            return None
+        inputs: Array = self.space.encode(torch.from_numpy(self._observation))[1].cpu().numpy()
+        return inputs
+
+    def _record(self, rows: Sequence[int], seen: Array, features: Array | None, batch: Batch) -> None:
+        """Keep what was executed last on some rows, and what came of it, as decisions of a recording."""
+        for row in rows:
+            taken, steps = self.history[row][-1], int(batch.steps[row])
+            self.decisions[row].append(
+                Decision(
+                    observation=seen[row].copy(),
+                    features=None if features is None else features[row],
+                    reference=np.zeros_like(taken.chunk),
+                    active=False,
+                    steered=np.zeros(taken.chunk.shape, np.bool_),
+                    noise=taken.noise,
+                    start_time=0.0,
+                    chunk=taken.chunk,
+                    intervened=False,
+                    step_observations=np.concatenate([seen[row][None], batch.paths[row][:-1]]).astype(np.float32),
+                    step_actions=taken.actions[:steps],
+                    rewards=batch.rewards[row, :steps].astype(np.float32),
+                    base_noise=taken.noise,
+                    base_chunk=taken.base,
+                )
+            )
+
+    def seed_of(self, row: int) -> int:
+        """Return what a row's present episode descends from."""
+        return child_seed(self.seeds[row], "online", self.episodes[row])
+
+    def _broken(self, row: int, what: str, of_chunk: int = 0) -> TrainingError:
+        done = max(0, len(self.history[row]) - (what != "the action"))
         return TrainingError(
-            f"{what} of environment {row} ({self.env.spec.name}, seed {self._seed_of(row)}) is not finite after "
-            f"{len(self.history[row])} chunks of its episode {self.episodes[row]}. The last checkpoint is safe; look at what the "
-            "environment or the policy does there."
+            f"{what} of environment {row} ({self.env.spec.name}, seed {self.seed_of(row)}) is not finite at step "
+            f"{done * self.space.executed + of_chunk + 1} (chunk {done + 1}) of its episode {self.episodes[row]}. The last "
+            "checkpoint is safe; look at what the environment or the policy does there."
         )
 
 
@@ -358,11 +431,20 @@ class SteeringVectorEnv(gymnasium.vector.VectorEnv[Array, Array, Array]):
     ) -> tuple[Array, dict[str, Any]]:
         """Begin episodes on all rows: the next ones, or the first that descend from `seed`."""
         if isinstance(seed, list):
-            given = [one if one is not None else 0 for one in seed]
+            if len(seed) != self.num_envs:
+                raise InvalidInputError(
+                    f"{len(seed)} seeds were given for {self.num_envs} environments; give one each."
+                )
+            given = [
+                before if one is None else child_seed(one % (2**31 - 1), "row")
+                for one, before in zip(seed, self.rows.seeds, strict=True)
+            ]
         elif seed is not None:
             given = [child_seed(seed % (2**31 - 1), "row", row) for row in range(self.num_envs)]
-        if seed is not None:
-            self.rows.seeds, self.rows.episodes = given, [-1] * self.num_envs
+        if seed is not None:  # a row without a seed of its own goes on to its next episode
+            kept = [row for row in range(self.num_envs) if isinstance(seed, list) and seed[row] is None]
+            self.rows.episodes = [one if row in kept else -1 for row, one in enumerate(self.rows.episodes)]
+            self.rows.seeds = given
         return self.rows.begin().cpu().numpy(), {}
 
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:

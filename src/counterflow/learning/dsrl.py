@@ -42,11 +42,12 @@ from counterflow.learning.sac import (
     temperature_loss,
 )
 from counterflow.policies.stacked import StackedMLP
+from counterflow.steering.anchors import Judged, Select, choose
 
 Variant = Literal["sac", "aliasing", "anchors"]
-Select = Literal["argmax", "sample", "average"]
-Decode = Callable[[Tensor, Tensor], Tensor]
-"""The frozen flow: (observations (N, F), latents (N, D)) -> what is executed (N, C)."""
+Decode = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""The frozen flow: (observations (N, F), latents (N, D), draws of N(0, I) for what nobody decides on (N, R)) -> what is executed
+(N, C). It has no effects beside that, so that it can be compiled."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class DSRLConfig(SACConfig):
 
     variant: Variant = "sac"
     distill_steps: int = 10
-    judged: Literal["noise", "chunk"] = "noise"
+    judged: Judged = "noise"
     select: Select = "argmax"
     select_temperature: float = 0.05
     imitation: int = 500
@@ -79,7 +80,7 @@ class DSRLConfig(SACConfig):
         for name, known in (
             ("variant", get_args(Variant)),
             ("select", get_args(Select)),
-            ("judged", ("noise", "chunk")),
+            ("judged", get_args(Judged)),
         ):
             if getattr(self, name) not in known:
                 raise UnknownNameError(name, str(getattr(self, name)), known)
@@ -101,14 +102,15 @@ def action_critic_loss(
     decode: Decode,
     batch: ReplayBatch,
     draws: SACDraws,
+    rest: Tensor,
     config: DSRLConfig,
     limits: Tensor,
 ) -> Losses:
-    """Return the action critics' loss of every seed (S,)."""
+    """Return the action critics' loss of every seed (S,); `rest` (S, B, R) is what `decode` draws of the prior."""
     with torch.no_grad():
         latent, density = squash(actor(batch.next_observations), draws.next_noise, limits)
         seen = batch.next_observations
-        executed = decode(seen.flatten(0, 1), latent.flatten(0, 1)).view(*seen.shape[:2], -1)
+        executed = decode(seen.flatten(0, 1), latent.flatten(0, 1), rest.flatten(0, 1)).view(*seen.shape[:2], -1)
         following = aggregated(target.ensemble(torch.cat([seen, executed], -1))[..., 0].float(), config, draws.order)
         if config.entropy_backup:
             following = following - temperature[:, None] * density
@@ -147,6 +149,7 @@ class AliasingLearner(SACLearner[DSRLConfig]):
     Args:
         sizes, config, seeds, device: as for `SACLearner`; `sizes.executed` must be given.
         decode: the frozen flow.
+        rest: R, how many draws of N(0, I) it wants for a latent; 0 where the latent decides on everything.
     """
 
     name: ClassVar[str] = "dsrl-aliasing"
@@ -159,9 +162,19 @@ class AliasingLearner(SACLearner[DSRLConfig]):
         device: torch.device | str = "cpu",
         *,
         decode: Decode,
+        rest: int = 0,
     ) -> None:
-        self.decode = decode
+        self.decode, self.rest = decode, rest
         super().__init__(sizes, config, seeds, device)
+        self._judging = self._compiled(self._cast(self.action_loss))
+        self._decoding = self._compiled(self._cast(self.decoded))
+        self._aliasing = self._compiled(self._cast(self.noise_loss))
+        self._acting = self._compiled(self._cast(self.acting_loss))
+
+    @property
+    def decoded_rows(self) -> int:
+        """How many latents of each seed the flow decodes in an update."""
+        return self.config.batch_size * (1 + self.config.distill_steps)
 
     def build(self) -> dict[str, StackedMLP]:
         """Make the actor, both critics and the action critic's target."""
@@ -179,18 +192,18 @@ class AliasingLearner(SACLearner[DSRLConfig]):
         return [(self.networks["action_critic"], self.networks["target_action_critic"])]
 
     def draw(self, rng: torch.Generator, updates: int) -> SACDraws:
-        """Draw the random latents, too."""
+        """Draw the random latents, too, and what the flow draws of the prior: for the next latents, then for those."""
         draws = super().draw(rng, updates)
-        shape = (updates, self.config.distill_steps, self.config.batch_size, self.sizes.action)
-        latents = torch.randn(shape, generator=rng, device=self.device).clamp(-self.limits, self.limits)
-        return SACDraws(draws.next_noise, draws.noise, draws.order, latents)
+        steps, batch = self.config.distill_steps, self.config.batch_size
+        latents = torch.randn((updates, steps, batch, self.sizes.action), generator=rng, device=self.device)
+        latents = latents.clamp(-self.limits, self.limits)
+        rest = torch.randn((updates, 1 + steps, batch, self.rest), generator=rng, device=self.device)
+        return SACDraws(draws.next_noise, draws.noise, draws.order, latents, rest)
 
-    def apply(
-        self, batch: ReplayBatch, draws: SACDraws, shown: Tensor, acted: Tensor, cloning: Tensor
-    ) -> dict[str, Tensor]:
-        """Take one step of the action critic, several of the noise critic, one of the actor."""
-        networks, config, seen = self.networks, self.config, batch.observations
-        judging, numbers = action_critic_loss(
+    def action_loss(self, batch: ReplayBatch, draws: SACDraws, rest: Tensor) -> Losses:
+        """Return the action critics' loss of every seed (S,)."""
+        networks = self.networks
+        return action_critic_loss(
             networks["action_critic"],
             networks["target_action_critic"],
             networks["actor"],
@@ -198,36 +211,71 @@ class AliasingLearner(SACLearner[DSRLConfig]):
             self.decode,
             batch,
             draws,
+            rest,
+            self.config,
+            self.limits,
+        )
+
+    @torch.no_grad()
+    def decoded(self, observations: Tensor, latents: Tensor, rest: Tensor) -> Tensor:
+        """Return what is executed (K, S, B, C) of random latents (K, S, B, D), at observations (S, B, F)."""
+        wide = observations.expand(len(latents), -1, -1, -1)
+        made = self.decode(wide.flatten(0, 2), latents.flatten(0, 2), rest.flatten(0, 2))
+        return made.float().view(*latents.shape[:3], -1)
+
+    def noise_loss(self, observations: Tensor, latents: Tensor, executed: Tensor) -> Tensor:
+        """Return the noise critics' loss of every seed (S,)."""
+        critics = self.networks["critic"], self.networks["action_critic"]
+        return noise_critic_loss(*critics, observations, latents, executed, self.limits)
+
+    def acting_loss(
+        self, observations: Tensor, draws: SACDraws, shown: Tensor, acted: Tensor, cloning: Tensor
+    ) -> Losses:
+        """Return the loss of actor and temperature of every seed (S,)."""
+        networks, config = self.networks, self.config
+        acting, density = actor_loss(
+            networks["critic"],
+            networks["actor"],
+            self.temperature,
+            self.judge,
+            observations,
+            draws,
             config,
             self.limits,
         )
-        self.optimise(judging)
-        latents = draws.extra.movedim(1, 0)  # (steps, S, B, D)
-        wide = seen.expand(len(latents), -1, -1, -1)
-        executed = self.decode(wide.flatten(0, 2), latents.flatten(0, 2)).view(*latents.shape[:3], -1)
-        for latent, made in zip(latents, executed, strict=True):
-            aliasing = noise_critic_loss(networks["critic"], networks["action_critic"], seen, latent, made, self.limits)
-            self.optimise(aliasing)
-        acting, density = actor_loss(
-            networks["critic"], networks["actor"], self.temperature, self.judge, seen, draws, config, self.limits
-        )
-        total = acting
+        total, numbers = acting, {"actor_loss": acting, "entropy": -density.mean(1)}
         if config.learn_temperature:
             total = total + temperature_loss(self.log_temperature, density, self.target_entropy)
         if config.bc_weight:
             copying = cloning_loss(networks["actor"], shown, acted, self.limits)
             total, numbers["bc_loss"] = total + cloning * copying, copying
+        return total, numbers
+
+    def apply(
+        self, batch: ReplayBatch, draws: SACDraws, shown: Tensor, acted: Tensor, cloning: Tensor
+    ) -> dict[str, Tensor]:
+        """Take one step of the action critic, several of the noise critic, one of the actor."""
+        self.begin_step()
+        seen = batch.observations
+        latents, rest = draws.extra.movedim(1, 0), draws.rest.movedim(1, 0)  # (steps, S, B, ...)
+        judging, numbers = self._judging(batch, draws, rest[0])
+        self.optimise(judging)
+        executed = self._decoding(seen, latents, rest[1:])
+        for latent, made in zip(latents, executed, strict=True):
+            aliasing = self._aliasing(seen, latent, made)
+            self.optimise(aliasing)
+        total, others = self._acting(seen, draws, shown, acted, cloning)
         self.optimise(total)
         self.follow()
-        numbers |= {
+        numbers = {
             "loss": judging,
             "critic_loss": judging,
             "noise_critic_loss": aliasing,
-            "actor_loss": acting,
-            "entropy": -density.mean(1),
             "temperature": self.temperature,
+            **numbers,
+            **others,
         }
-        return {name: value.detach() for name, value in numbers.items()}
+        return {name: value.detach().clone() for name, value in numbers.items()}
 
 
 class AnchorsLearner(SACLearner[DSRLConfig]):
@@ -300,16 +348,6 @@ class AnchorsLearner(SACLearner[DSRLConfig]):
             weights: (S, E, N) how much somebody, a reasoner for example, thinks of each; None: all alike.
             explore: draw, where the settings say so; else the best.
         """
-        preference = scores / self.config.select_temperature
-        if weights is not None:
-            preference = preference + weights.clamp_min(1e-6).log()
-        shares = torch.softmax(preference, -1)
-        if self.config.select == "average":
-            average: Tensor = (shares[..., None] * latents).sum(2)
-            return average
-        if self.config.select == "sample" and explore:
-            drawn = [torch.multinomial(one, 1, generator=rng) for one, rng in zip(shares, self._rngs, strict=True)]
-            best = torch.stack(drawn)[..., 0]
-        else:
-            best = preference.argmax(-1)
-        return latents.gather(2, best[..., None, None].expand(-1, -1, 1, latents.shape[-1]))[:, :, 0]
+        config = self.config
+        rngs = self._rngs if explore else None
+        return choose(latents, scores, weights, config.select, config.select_temperature, rngs)

@@ -72,7 +72,8 @@ class SACConfig:
         target_entropy: of the whole action; None: minus half its size.
         prefilled_share: of a batch, from prefilled decisions.
         success_share: of a batch, from successful episodes.
-        bc_weight: lambda of -log pi over the actions of successful episodes, added to the actor's loss.
+        bc_weight: lambda of -log pi, divided by how many numbers an action has, over the actions of successful episodes; added to
+            the actor's loss.
         bc_batch: examples of it in an update.
         bc_decay: updates over which its weight falls to nothing; 0: it stays.
         bc_from: "prefilled" episodes alone, or "all".
@@ -203,12 +204,14 @@ class SACDraws:
         noise: (S, B, D) of the action that is judged.
         order: (S, M) of which the smallest choose the members of a subset.
         extra: (S, ...) what a learner draws beside these.
+        rest: (S, ...) what the frozen flow draws of the prior, where a learner asks it.
     """
 
     next_noise: Tensor
     noise: Tensor
     order: Tensor
     extra: Tensor
+    rest: Tensor
 
 
 def squash(outputs: Tensor, noise: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
@@ -306,6 +309,7 @@ def cloning_loss(actor: StackedMLP, observations: Tensor, actions: Tensor, limit
 
 
 Config = TypeVar("Config", bound=SACConfig)
+Result = TypeVar("Result")
 
 
 class SACLearner(Generic[Config]):
@@ -366,16 +370,16 @@ class SACLearner(Generic[Config]):
         self.compiled = config.compile and can_compile(self.device)
         self._loss = self._compiled(self._cast(self.loss))
 
-    def _compiled(self, function: Callable[..., Losses]) -> Callable[..., Losses]:
+    def _compiled(self, function: Callable[..., Result]) -> Callable[..., Result]:
         if not self.compiled:
             return function
-        compiled: Callable[..., Losses] = torch.compile(
+        compiled: Callable[..., Result] = torch.compile(
             function, mode="reduce-overhead" if self.device.type == "cuda" else None
         )
         return compiled
 
-    def _cast(self, function: Callable[..., Losses]) -> Callable[..., Losses]:
-        def cast(*arguments: Any) -> Losses:
+    def _cast(self, function: Callable[..., Result]) -> Callable[..., Result]:
+        def cast(*arguments: Any) -> Result:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
                 return function(*arguments)
 
@@ -421,6 +425,7 @@ class SACLearner(Generic[Config]):
             torch.randn(shape, generator=rng, device=self.device),
             torch.randn(shape, generator=rng, device=self.device),
             torch.rand((updates, self.config.members), generator=rng, device=self.device),
+            torch.zeros((updates, 0), device=self.device),
             torch.zeros((updates, 0), device=self.device),
         )
 
@@ -483,14 +488,19 @@ class SACLearner(Generic[Config]):
         self, batch: ReplayBatch, draws: SACDraws, shown: Tensor, acted: Tensor, cloning: Tensor
     ) -> dict[str, Tensor]:
         """Take one step with given draws."""
-        if self.compiled and self.device.type == "cuda":
-            torch.compiler.cudagraph_mark_step_begin()
+        self.begin_step()
         losses, numbers = self._loss(batch, draws, shown, acted, cloning)
         self.optimise(losses)
         self.follow()
-        return {"loss": losses.detach(), "temperature": self.temperature} | {
-            name: value.detach() for name, value in numbers.items()
-        }
+        numbers = {"loss": losses, "temperature": self.temperature, **numbers}
+        return {
+            name: value.detach().clone() for name, value in numbers.items()
+        }  # the next step's graph writes over them
+
+    def begin_step(self) -> None:
+        """Let go of what the last step's graphs hold."""
+        if self.compiled and self.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
 
     def optimise(self, losses: Tensor) -> None:
         """Take a step of the networks that losses (S,) depend on; seeds share nothing, so each gets its own gradient."""

@@ -36,7 +36,9 @@ from counterflow.serving.requests import (
     stack,
 )
 from counterflow.steering import (
+    AnchorsCritic,
     Chain,
+    ChunkRegressor,
     ExecuteLearned,
     Gaussian,
     LearnedNoise,
@@ -44,15 +46,18 @@ from counterflow.steering import (
     Plan,
     Reference,
     SteeredPolicy,
+    SteeringActor,
     Together,
     binding_of,
 )
+from counterflow.steering.actor import ActorLatent, ActorResidual
+from counterflow.steering.anchors import AnchorStart
 from counterflow.steering.steered import frozen
 
 MakeReasoner = Callable[[], Reasoner]
 
 # What is known to look at no reference; whatever else stands at a port may.
-DEAF = (Gaussian, LearnedNoise, ExecuteLearned, Limits)
+DEAF = (Gaussian, LearnedNoise, ExecuteLearned, ActorLatent, ActorResidual, Limits)
 
 
 @dataclass(frozen=True)
@@ -203,13 +208,13 @@ class ServedPolicy:
         self._reasoners = dict(SCRIPTED if reasoners is None else reasoners)
         self._sessions = 0
         ports = list(_ports(self.policy))
-        self.steerable = any(not isinstance(port, DEAF) for port in ports)
-        learned = [port.regressor for port in ports if isinstance(port, LearnedNoise | ExecuteLearned)]
+        self.steerable = any(not _is_deaf(port) for port in ports)
+        learned = [one for port in ports if (one := _learned_at(port)) is not None]
         self._draws = not learned
         self.belongs: dict[str, Any] = {  # once: it looks at every weight
             **binding_of(self.policy, self.policy.steps, self.policy.solver).to_json(),
             "action_space": action_space_fingerprint(self.action_spec),
-            "noise_policy": "+".join(one.fingerprint for one in learned),
+            "noise_policy": "+".join(dict.fromkeys(one.fingerprint for one in learned)),
         }
         self.declared = declared_entries(frozen(self.policy))
         self._names = dict({} if names is None else names)
@@ -443,6 +448,20 @@ def check_expected(expected: Any, belongs: Mapping[str, Any], whose: str) -> Non
             f"the client expects {'; '.join(differing)}. The same observation would become other actions, so none are sent. "
             "Connect to the server of the policy that is expected, or expect what this one's metadata say."
         )
+
+
+def _is_deaf(port: Any) -> bool:
+    """Whether it looks at no reference."""
+    return isinstance(port, DEAF) or (isinstance(port, AnchorStart) and not port.critic.config.weighted)
+
+
+def _learned_at(port: Any) -> ChunkRegressor | SteeringActor | AnchorsCritic | None:
+    """Return what was learned that stands at a port."""
+    if isinstance(port, LearnedNoise | ExecuteLearned):
+        return port.regressor
+    if isinstance(port, ActorLatent | ActorResidual):
+        return port.actor
+    return port.critic if isinstance(port, AnchorStart) else None
 
 
 def _ports(policy: BasePolicy) -> Iterator[Any]:

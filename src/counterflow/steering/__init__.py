@@ -2,6 +2,7 @@
 
 from counterflow.steering.actor import ActorConfig, SteeringActor, steer_actor
 from counterflow.steering.aggregation import Aggregation, aggregate
+from counterflow.steering.anchors import AnchorsConfig, AnchorsCritic, Proposals, steer_anchors
 from counterflow.steering.context import Reference, SteeringContext
 from counterflow.steering.continuation import Continuation, ContinueChunk, continuation_weights
 from counterflow.steering.critic import ChunkCritic, CriticBinding, CriticConfig, task_embedding
@@ -26,6 +27,8 @@ from counterflow.steering.steered import Plan, SteeredPolicy, features_of
 __all__ = [
     "ActorConfig",
     "Aggregation",
+    "AnchorsConfig",
+    "AnchorsCritic",
     "Chain",
     "Chosen",
     "ChunkCritic",
@@ -55,6 +58,7 @@ __all__ = [
     "PartialNoising",
     "Plan",
     "Ports",
+    "Proposals",
     "Reference",
     "RegressorConfig",
     "Rng",
@@ -74,6 +78,7 @@ __all__ = [
     "mass_beyond",
     "steer",
     "steer_actor",
+    "steer_anchors",
     "steer_learned",
     "suggest_bound",
     "task_embedding",

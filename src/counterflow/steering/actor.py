@@ -207,7 +207,7 @@ class ActorLatent:
         device = self.space.device
         fresh = draw_prior(rng, (context.batch_size, spec.horizon, spec.state_dim), device, spec.prior)
         own = draw_normal(rng, (context.batch_size, self.actor.outputs), device) if self.sample else None
-        actions = self.actor(_seen(policy, context), self.space.limits, own)
+        actions = self.actor(seen_by_actor(policy, context), self.space.limits, own)
         latent, _ = self.space.split(actions.to(device))
         return self.space.noise(latent, fresh), fresh.new_zeros(context.batch_size)
 
@@ -228,7 +228,7 @@ class ActorResidual:
     def __call__(self, chunks: Tensor, context: SteeringContext) -> Tensor:
         """Add the residual to the first candidate."""
         base, spec = chunks[:, 0], self.space.policy.action_spec
-        seen = _seen(self.space.policy, context)
+        seen = seen_by_actor(self.space.policy, context)
         if self.space.show_base:
             seen = torch.cat([seen, base.flatten(1)], 1)
         _, residual = self.space.split(self.actor(seen, self.space.limits).to(base))
@@ -267,8 +267,8 @@ def steer_actor(base: BasePolicy, actor: SteeringActor, *, sample: bool | None =
     return SteeredPolicy(base, start=latent, edit=edit, steps=binding.steps, solver=binding.solver)
 
 
-def _seen(policy: BasePolicy, context: SteeringContext) -> Tensor:
-    """Return what the actor sees of an observation, as `SteeringSpace.encode` does."""
+def seen_by_actor(policy: BasePolicy, context: SteeringContext) -> Tensor:
+    """Return what a learner sees of observations, (B, F), as `SteeringSpace.encode` does."""
     kind: Literal["features", "observation"] = "features" if hasattr(frozen(policy), "features") else "observation"
     seen = inputs_of(policy, context, kind)
     return seen.flatten(1).float()

@@ -196,6 +196,11 @@ class SteeringSpace:
         """Return what the frozen flow makes of noises (B, H, A + padding), normalised."""
         return denoise(bind(self.policy, context), noise, self.steps, self.solver)
 
+    def executed_part(self, chunks: Tensor) -> Tensor:
+        """Return what is executed of chunks (B, H, A + padding), flat, in the same units, (B, E A)."""
+        spec = self.policy.action_spec
+        return chunks[:, spec.past : spec.past + self.executed, : spec.dim].flatten(1)
+
     def compose(self, base: Tensor, residual: Tensor | None) -> Tensor:
         """Return the executed actions (B, E, A), environment units, of a base chunk (B, H, A + padding) and a residual."""
         spec = self.policy.action_spec

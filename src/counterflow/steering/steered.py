@@ -72,7 +72,7 @@ class Plan:
 
 
 class _Counted:
-    """A base policy that counts its field evaluations."""
+    """A base policy that counts its field evaluations, a row each."""
 
     def __init__(self, policy: BasePolicy) -> None:
         self._policy = policy
@@ -86,7 +86,7 @@ class _Counted:
         return self._policy.encode(observation)
 
     def velocity(self, context: Any, x: Tensor, t: Tensor) -> Tensor:
-        self.evaluations += 1
+        self.evaluations += len(x)
         return self._policy.velocity(context, x, t)
 
 
@@ -244,7 +244,7 @@ class SteeredPolicy:
             noise_percentile=chunk.new_empty(0),
             round_trip_error=chunk.new_empty(0),
             agreement=chunk.new_empty(0),
-            evaluations=counter.evaluations * copies,
+            evaluations=counter.evaluations // len(chunk),
             features=features_of(self, context) if hasattr(frozen(self), "features") else None,
         )
         return with_diagnostics(plan, self.action_spec)
