@@ -41,10 +41,22 @@ def test_train_evaluate_and_go_on(data: Path, tmp_path: Path, capsys: pytest.Cap
     assert "next: counterflow eval ogbench/cube-single-task1 --steer qgf --steps 3 --policy" in said
     result = tmp_path / "result.json"
     command = ["eval", ENV, "--policy", str(tmp_path / "run" / "seed-3"), "--episodes", "1", "--json", str(result)]
-    guided = ["--steer", "qgf", "--weight", "0.5", "--best-of", "2", "--aggregation", "mean"]
+    guided = ["--steer", "qgf", "--weight", "0.5", "--best-of", "2", "--aggregation", "lower_confidence", "--rho", "2"]
+    guided += ["--jacobian", "--schedule", "remaining", "--largest-factor", "5", "--no-clip"]
     assert main([*command, *guided]) == 0
     found = json.loads(result.read_text())
-    assert found["settings"]["guidance"]["best_of"] == 2
+    assert found["settings"]["guidance"] == {
+        "weight": 0.5,
+        "estimate": "clean",
+        "jacobian": True,
+        "schedule": "remaining",
+        "largest_factor": 5.0,
+        "clip": False,
+        "aggregation": "lower_confidence",
+        "rho": 2.0,
+        "best_of": 2,
+        "radius": 0.5,
+    }
     assert found["settings"]["weight"]["weight"] == 0.5
     assert main(["train", "resume", str(tmp_path / "run")]) == 0
     assert "nothing was left to do" in capsys.readouterr().out

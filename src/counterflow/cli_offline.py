@@ -10,8 +10,8 @@ import tyro
 from rich.console import Console
 
 from counterflow.cli_options import changed
-from counterflow.envs import family_of
 from counterflow.experiments.offline import OfflineProgress, OfflineRun, acting_of, train_offline
+from counterflow.experiments.offline_data import find_data
 from counterflow.experiments.presets import PresetName, preset
 from counterflow.experiments.progress import progress_bar
 from counterflow.learning.offline import OfflineConfig
@@ -26,7 +26,8 @@ class OfflineOptions:
     preset: PresetName = "small"
     """small: for two cores; paper: the official settings of this environment."""
     data: Path | None = None
-    """A dataset (.npz) in OGBench's layout, official or collected; default: data/<family>-play.npz."""
+    """A dataset (.npz) in OGBench's layout, or a folder of its slices; default: OGBench's own where it was downloaded to
+    (~/.ogbench/data), otherwise data/<family>-play.npz."""
     out: Path | None = None
     """The run's folder; default: runs/<algorithm>-<task>-<preset>."""
     seed: int = 0
@@ -36,7 +37,7 @@ class OfflineOptions:
     steps: int | None = None
     """Updates in all; default: the preset's."""
     sparse: bool | None = None
-    """Rewards are -1 until everything is done; default: as the official runs of this environment have it."""
+    """Rewards are -1 until everything is done; default: the preset's."""
     evaluate_every: int | None = None
     """Updates between two evaluations; 0: none but at the end; default: the preset's."""
     episodes: int | None = None
@@ -51,7 +52,7 @@ class OfflineOptions:
         config, settings = preset(algorithm, self.env, self.preset)
         given = {name: getattr(self, name) for name in ("steps", "sparse", "evaluate_every", "episodes")}
         settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
-        data = self.data or Path("data") / f"{family_of(self.env).split('/')[-1]}-play.npz"
+        data = self.data or find_data(self.env)
         out = self.out or Path("runs") / f"{algorithm}-{self.env.split('/')[-1]}-{self.preset}"
         seeds = range(self.seed, self.seed + self.seeds)
         run_offline(console, algorithm, data, self.env, out, changed(config, self.set), settings, seeds, self.device)

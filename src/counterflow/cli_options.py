@@ -69,6 +69,10 @@ class Guiding:
     """Pull the gradient back through the estimate."""
     schedule: Literal["constant", "remaining"] = "constant"
     """remaining: the weight times (1 - t) / t, made for --jacobian."""
+    largest_factor: float = 10.0
+    """Of --schedule remaining, what (1 - t) / t is bounded to."""
+    clip: bool = True
+    """Clip the estimated finished chunk to the action limits."""
 
     def settings(self) -> GuidanceSettings:
         """Return how the critic guides."""
@@ -80,13 +84,14 @@ class Guiding:
 
     def load(self, policy: str | None, device: str, *, needed: bool) -> ChunkCritic | None:
         """Return the critic that is named, or, where one is needed, that which lies beside the policy's checkpoint."""
+        from counterflow.policies.checkpoint import find
+        from counterflow.policies.loading import LEROBOT
         from counterflow.steering import ChunkCritic
 
         path = self.critic
-        if path is None and needed and policy is not None:
-            place = Path(policy)
-            folders = (place, place / "checkpoints") if place.is_dir() else (place.parent,)
-            path = next((file for folder in folders if (file := folder / "critic.safetensors").is_file()), None)
+        if path is None and needed and policy is not None and not policy.startswith(LEROBOT):
+            beside_policy = find(policy).with_name("critic.safetensors")
+            path = beside_policy if beside_policy.is_file() else None
         if path is not None:
             return ChunkCritic.load(path, device)
         if needed:

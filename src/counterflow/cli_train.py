@@ -11,13 +11,13 @@ from rich.console import Console
 
 from counterflow.cli_offline import TrainFQL, TrainIFQL, TrainQGF, TrainRQL, run_offline
 from counterflow.cli_online import TrainCorrections, TrainDSRL, TrainResidual, TrainRFS, run_corrections, run_online
-from counterflow.envs import family_of
 from counterflow.errors import InvalidInputError
 from counterflow.experiments.corrections import read_corrections_settings
 from counterflow.experiments.critic import train_critic
 from counterflow.experiments.distill import Windows, distill
 from counterflow.experiments.generalist import TRAINING, read_generalist_settings, train_generalist
 from counterflow.experiments.offline import read_offline_settings
+from counterflow.experiments.offline_data import find_data
 from counterflow.experiments.online import read_online_settings
 from counterflow.experiments.online_settings import CONFIGS as ONLINE
 from counterflow.experiments.presets import PresetName, cloning_preset
@@ -37,7 +37,7 @@ class TrainBC:
 
     data: tyro.conf.Positional[str]
     """A dataset (.npz) in OGBench's layout, held-out episodes in NAME-val.npz beside it; or the environment, or family, itself:
-    then data/<family>-play.npz is taken."""
+    then OGBench's own where it was downloaded to (~/.ogbench/data), otherwise data/<family>-play.npz."""
     env: str | None = None
     """The environment, or family, that a dataset is from, for example ogbench/cube-single."""
     preset: PresetName | None = None
@@ -59,12 +59,12 @@ class TrainBC:
                 raise InvalidInputError(
                     f"the dataset {data} was given without its environment; say --env, for example ogbench/cube-single."
                 )
-            env, data = self.data, Path("data") / f"{family_of(self.data).split('/')[-1]}-play.npz"
+            env, data = self.data, find_data(self.data)
         if self.preset is not None and self.config != BCConfig():
             raise InvalidInputError(
                 f"the preset {self.preset!r} was named, and settings of the learning beside it; expected one or the other."
             )
-        config = self.config if self.preset is None else cloning_preset(self.preset)
+        config = self.config if self.preset is None else cloning_preset(env, self.preset)
         out = self.out or Path("runs") / f"bc-{env.split('/')[-1]}-{self.seed}"
         _train(console, data, env, out, config, self.seed, self.device)
 

@@ -16,7 +16,18 @@ import pytest
 import torch
 
 from counterflow.cli_offline import changed
-from counterflow.errors import DatasetError, InvalidInputError, MismatchError, TrainingError, UnknownNameError
+from counterflow.data import EpisodeDataset
+from counterflow.envs import make_env
+from counterflow.envs.registry import make_task
+from counterflow.errors import (
+    CheckpointError,
+    DatasetError,
+    InvalidInputError,
+    MismatchError,
+    TrainingError,
+    UnknownNameError,
+)
+from counterflow.experiments.evaluate import evaluate
 from counterflow.experiments.offline import (
     CONFIGS,
     Evaluations,
@@ -27,7 +38,7 @@ from counterflow.experiments.offline import (
     read_offline_settings,
     train_offline,
 )
-from counterflow.experiments.presets import preset
+from counterflow.experiments.presets import cloning_preset, preset
 from counterflow.experiments.run import Run
 from counterflow.learning.offline import BLOCK, OfflineConfig
 from counterflow.policies import FlowPolicy, load
@@ -182,6 +193,59 @@ def test_goals_are_part_of_what_the_networks_see(tmp_path: Path) -> None:
     assert (policy.observation_dim, policy.family) == (56, "ogbench/cube-single-goals")
     with pytest.raises(MismatchError, match="goals"):
         train("rql", data, tmp_path / "other", env=env)
+    # The goal is given when it acts: flow and guidance turn to another one.
+    critic = ChunkCritic.load(trained.folders[0] / "checkpoints" / "critic.safetensors")
+    guided = guide(SteeredPolicy(policy, steps=3), critic, GuidanceSettings(weight=1.0))
+    seen, goals = torch.randn(1, 28), torch.randn(2, 28)
+    for acting in (SteeredPolicy(policy, steps=3), guided):
+        chunks = [acting.act(torch.cat([seen, goal[None]], 1), rng=0).chunk for goal in goals]
+        assert not torch.allclose(*chunks)
+
+
+@pytest.mark.parametrize("family", ["antmaze-medium", "humanoidmaze-medium", "antsoccer-arena", "pointmaze-medium"])
+def test_locomotion_from_a_recording_to_a_policy_that_acts(family: str, tmp_path: Path) -> None:
+    """A few random steps in the layout of OGBench's own archives, which hold no rewards, and the official settings."""
+    name = f"ogbench/{family}-task3"
+    env, episodes = make_task(name), []
+    for seed in range(2):
+        rng, moment = np.random.default_rng(seed), env.reset(seed)
+        rows: dict[str, list[np.ndarray]] = {"observations": [], "actions": [], "qpos": [], "qvel": []}
+        for _ in range(12):
+            rows["observations"].append(moment.observation)
+            rows["actions"].append(rng.uniform(-1, 1, env.spec.action_dim).astype(np.float32))
+            for key in ("qpos", "qvel"):
+                rows[key].append(moment.privileged[f"privileged/{key}"].astype(np.float32))
+            moment = env.step(rows["actions"][-1])
+        episodes.append({key: np.stack(values) for key, values in rows.items()})
+    EpisodeDataset.from_episodes(episodes).save(tmp_path / f"{family}-navigate-v0.npz")
+    official, _ = preset("rql", name, "paper")
+    tiny = replace(official, width=8, depth=2, batch_size=8, flow_steps=3, compile=False)
+    settings = replace(RUN, steps=5)
+    data = tmp_path / f"{family}-navigate-v0.npz"
+    trained = train("rql", data, tmp_path / "run", env=name, config=tiny, settings=settings)
+    policy = load(trained.folders[0])
+    steered = SteeredPolicy(policy, steps=3)
+    moment = env.reset(7)
+    for step in range(3):
+        actions = steered.act(moment.observation[None], rng=step).actions[0]
+        assert actions.shape == (1, env.spec.action_dim)
+        moment = env.step(actions[0].numpy())
+        assert np.isfinite(moment.observation).all()
+    env.close()
+    if family == "pointmaze-medium":  # whose simulator is quick enough for a whole episode
+        with make_env(name, 1, workers=0) as vector:
+            found = evaluate(vector, policy, "base", 1, 0)
+        assert 0 < found.environment_steps <= 1000
+
+
+def test_a_run_of_one_seed_is_found_by_its_folder(data: Path, tmp_path: Path) -> None:
+    train("rql", data, tmp_path / "run", seeds=[4])
+    policy = load(tmp_path / "run")
+    assert isinstance(policy, FlowPolicy)
+    assert policy.provenance["seed"] == 4
+    train("rql", data, tmp_path / "two", seeds=[4, 5])
+    with pytest.raises(CheckpointError, match=r"policies of 2 seeds; name one of them: .*seed-4, .*seed-5"):
+        load(tmp_path / "two")
 
 
 @pytest.mark.parametrize("algorithm", ["qgf", "rql"])
@@ -212,6 +276,33 @@ def test_an_evaluation_that_was_cut_off_is_done_when_the_run_goes_on(data: Path,
     assert not waiting.exists()
 
 
+def test_what_can_not_be_evaluated_does_not_stop_the_training(data: Path, tmp_path: Path) -> None:
+    """A critic that says the same of every chunk can't guide: no weight moves anything."""
+    trained = train("qgf", data, tmp_path / "run", settings=replace(RUN, steps=10))
+    reported: list[int] = []
+    acting = acting_of(config("qgf"))
+    with (
+        Run(tmp_path / "run", _config(tmp_path / "run")) as folder,
+        Evaluations(folder, ENV, acting, 1, lambda step, rates: reported.append(step)) as judge,
+    ):
+        waiting = judge.place(10, 0)
+        waiting.mkdir(parents=True)
+        checkpoints = trained.folders[0] / "checkpoints"
+        for file in checkpoints.glob("policy.*"):
+            (waiting / file.name).write_bytes(file.read_bytes())
+        critic = ChunkCritic.load(checkpoints / "critic.safetensors")
+        for parameter in critic.parameters():
+            parameter.zero_()
+        critic.save(waiting / "critic.safetensors")
+        judge.submit()
+        with pytest.warns(
+            UserWarning, match="seed 0 was not evaluated after 10 updates: weights from .* move the chunks"
+        ):
+            judge.wait()
+    assert reported == []
+    assert not waiting.exists()
+
+
 class TestBadInput:
     def test_data_without_rewards(self, tmp_path: Path) -> None:
         with np.load(archive(tmp_path / "whole.npz")) as whole:
@@ -233,6 +324,31 @@ class TestBadInput:
         with pytest.raises(MismatchError, match="observations"):
             train("rql", archive(tmp_path / "data.npz", observation=30), tmp_path / "run")
 
+    def test_actions_of_another_environment(self, tmp_path: Path) -> None:
+        actions = np.zeros((124, 4), np.float32)
+        with pytest.raises(MismatchError, match=r"actions \(4,\); ogbench/cube-single has \(28,\) and \(5,\)"):
+            train("rql", archive(tmp_path / "data.npz", actions=actions), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+    def test_a_horizon_that_is_not_the_runs(self, data: Path, tmp_path: Path) -> None:
+        trained = train("qgf", data, tmp_path / "run")
+        with pytest.raises(TrainingError, match="horizon 5 there, 4 here"):
+            train("qgf", data, tmp_path / "run", config=config("qgf", horizon=4))
+        other = train("qgf", data, tmp_path / "short", config=config("qgf", horizon=4))
+        critic = ChunkCritic.load(other.folders[0] / "checkpoints" / "critic.safetensors")
+        with pytest.raises(MismatchError, match="rows 0 to 4 of 5 numbers, not 5 rows"):
+            guide(SteeredPolicy(load(trained.folders[0])), critic, GuidanceSettings(weight=1.0))
+
+    def test_data_of_other_sizes_than_the_run_was_trained_on(self, data: Path, tmp_path: Path) -> None:
+        """Slices are checked one by one, also those that are reached late."""
+        folder = tmp_path / "slices"
+        folder.mkdir()
+        archive(folder / "0.npz")
+        archive(folder / "1.npz", observation=30)
+        with pytest.raises(MismatchError, match=r"1\.npz has observations \(30,\)"):
+            train("qgf", folder, tmp_path / "run", settings=replace(RUN, steps=2 * BLOCK))
+        assert load(tmp_path / "run").provenance["steps"] == 40
+
     def test_a_run_with_other_settings(self, data: Path, tmp_path: Path) -> None:
         train("rql", data, tmp_path / "run")
         with pytest.raises(TrainingError, match="alpha"):
@@ -245,14 +361,28 @@ class TestBadInput:
             train_offline("rqll", data, ENV, tmp_path / "run", config("rql"), RUN)
 
     def test_a_loss_that_is_not_finite_names_the_update_and_the_rows_and_keeps_the_checkpoint(
-        self, data: Path, tmp_path: Path
+        self, tmp_path: Path
     ) -> None:
-        rewards = -np.ones(124, np.float32)
-        rewards[40:60] = -3e38  # finite itself, but not what becomes of it
-        bad = archive(tmp_path / "bad.npz", rewards=rewards)
-        with pytest.raises(TrainingError, match=r"at update \d+, whose batch begins at rows \d+, .* of the data"):
-            train("rql", bad, tmp_path / "run")
-        assert not (tmp_path / "run" / "seed-0" / "checkpoints" / "policy.safetensors").exists()
+        """The second slice's rewards are finite themselves, but not what becomes of them."""
+        folder = tmp_path / "slices"
+        folder.mkdir()
+        archive(folder / "0.npz")
+        archive(folder / "1.npz", rewards=np.full(124, -3e38, np.float32))
+        run, settings = tmp_path / "run", replace(RUN, steps=2 * BLOCK)
+        with pytest.raises(
+            TrainingError, match=r"seed 7 is .* at update 51, whose windows begin at rows \d+, .*1\.npz"
+        ):
+            train("qgf", folder, run, settings=settings, seeds=[7])
+        told = json.loads((run / "diverged.json").read_text())
+        assert (told["update"], told["seed"], Path(told["data"]).name) == (51, 7, "1.npz")
+        assert len(told["rows"]) == 8
+        assert all(0 <= row < 120 for row in told["rows"])
+        policy = load(run)
+        assert policy.provenance["steps"] == 40
+        assert all(value.isfinite().all() for value in policy.tensors().values())
+        state = Run(run, _config(run)).load_state()
+        assert state is not None
+        assert int(state["step"]) == 40
 
     def test_settings_of_a_run_out_of_range(self) -> None:
         with pytest.raises(InvalidInputError, match="steps"):
@@ -273,22 +403,80 @@ class TestPresets:
         for name in ("small", "paper"):
             found, run = preset(algorithm, f"ogbench/{family}-task1", name)
             assert isinstance(found, CONFIGS[algorithm])
-            assert run.sparse == family.startswith(("scene", "puzzle"))
+            # Only RQL's official runs make rewards sparse; the small ones are to be compared with each other.
+            sparse = family.startswith(("scene", "puzzle")) and (name == "small" or algorithm == "rql")
+            assert run.sparse == sparse
 
-    def test_the_official_settings(self) -> None:
-        scene, run = preset("rql", "ogbench/scene-task1", "paper")
-        assert (scene.alpha, scene.expectile, scene.rho, scene.horizon) == (3.0, 0.7, 0.5, 5)  # type: ignore[attr-defined]
-        assert (run.steps, run.sparse, run.episodes) == (1_000_000, True, 50)
-        giant, _ = preset("rql", "ogbench/antmaze-giant-task1", "paper")
-        assert (giant.alpha, giant.horizon, giant.discount) == (0.1, 1, 0.995)  # type: ignore[attr-defined]
-        cube, _ = preset("fql", "ogbench/cube-single-task1", "paper")
-        assert (cube.alpha, cube.horizon) == (300.0, 1)  # type: ignore[attr-defined]
-        hard, _ = preset("qgf", "ogbench/cube-triple-task1", "paper")
-        assert (hard.width, hard.batch_size, hard.discount) == (1024, 1024, 0.999)
+    @pytest.mark.parametrize(
+        ("family", "alpha", "expectile", "rho", "horizon", "discount", "sparse"),
+        [
+            ("antmaze-large", 0.1, 0.5, 0.5, 1, 0.99, False),
+            ("antmaze-giant", 0.1, 0.5, 0.5, 1, 0.995, False),
+            ("humanoidmaze-medium", 0.3, 0.5, 0.0, 1, 0.995, False),
+            ("humanoidmaze-large", 0.3, 0.5, 0.0, 1, 0.995, False),
+            ("scene", 3.0, 0.7, 0.5, 5, 0.99, True),
+            ("puzzle-3x3", 1.0, 0.7, 0.5, 5, 0.99, True),
+            ("puzzle-4x4", 1.0, 0.9, 0.5, 5, 0.99, True),
+            ("cube-double", 10.0, 0.9, 0.5, 5, 0.99, False),
+            ("cube-triple", 1.0, 0.9, 0.5, 5, 0.99, False),
+            ("cube-quadruple", 1.0, 0.7, 0.5, 5, 0.99, False),
+        ],
+    )
+    def test_rqls_official_settings(
+        self, family: str, alpha: float, expectile: float, rho: float, horizon: int, discount: float, sparse: bool
+    ) -> None:
+        """hyperparameters.sh of aoberai/rql, and its agent's defaults."""
+        own = {"alpha": alpha, "expectile": expectile, "rho": rho, "horizon": horizon, "discount": discount}
+        shared = {"width": 512, "depth": 4, "flow_steps": 10, "learning_rate": 3e-4, "batch_size": 256}
+        shared |= {"target_rate": 0.005, "average": 0.999, "members": 10, "precision": "float32"}
+        for task in (1, 5):
+            found, run = preset("rql", f"ogbench/{family}-task{task}", "paper")
+            assert vars(found) == {**shared, **own, "compile": True}
+            assert (run.steps, run.episodes, run.sparse) == (1_000_000, 50, sparse)
+
+    @pytest.mark.parametrize("family", ["cube-triple", "cube-quadruple", "puzzle-4x4", "scene"])
+    def test_qgfs_official_settings(self, family: str) -> None:
+        """scripts/bc_iql_train.py of zhouzypaul/qgf, and its agent's defaults."""
+        found, run = preset("qgf", f"ogbench/{family}-task1", "paper")
+        own = {"width": 1024, "batch_size": 1024, "discount": 0.999, "horizon": 5, "expectile": 0.9, "members": 2}
+        shared = {"depth": 4, "flow_steps": 10, "learning_rate": 3e-4, "target_rate": 0.005, "aggregation": "min"}
+        assert vars(found) == {**shared, **own, "precision": "float32", "compile": True}
+        assert (run.steps, run.episodes, run.sparse) == (500_000, 30, False)
+        cloning = cloning_preset(f"ogbench/{family}-task1", "paper")
+        assert (cloning.network.width, cloning.batch_size, cloning.horizon) == (1024, 1024, 5)
+        assert (cloning.steps, cloning.time_law, cloning.weight_decay) == (500_000, "grid", 0.0)
+
+    @pytest.mark.parametrize(
+        ("family", "alpha", "discount", "aggregation"),
+        [
+            ("antmaze-large", 10.0, 0.99, "min"),
+            ("antmaze-giant", 10.0, 0.995, "min"),
+            ("humanoidmaze-medium", 30.0, 0.995, "mean"),
+            ("humanoidmaze-large", 30.0, 0.995, "mean"),
+            ("antsoccer-arena", 10.0, 0.995, "mean"),
+            ("cube-single", 300.0, 0.99, "mean"),
+            ("cube-double", 300.0, 0.99, "mean"),
+            ("scene", 300.0, 0.99, "mean"),
+            ("puzzle-3x3", 1000.0, 0.99, "mean"),
+            ("puzzle-4x4", 1000.0, 0.99, "mean"),
+        ],
+    )
+    def test_fqls_official_settings(self, family: str, alpha: float, discount: float, aggregation: str) -> None:
+        """The README of seohongpark/fql, and its agents' defaults."""
+        found, run = preset("fql", f"ogbench/{family}-task1", "paper")
+        own = {"alpha": alpha, "discount": discount, "aggregation": aggregation, "normalise_q": False, "horizon": 1}
+        shared = {"width": 512, "depth": 4, "flow_steps": 10, "learning_rate": 3e-4, "batch_size": 256}
+        assert vars(found) == {**shared, **own, "target_rate": 0.005, "precision": "float32", "compile": True}
+        assert (run.steps, run.episodes, run.sparse) == (1_000_000, 50, False)
+        ranked, _ = preset("ifql", f"ogbench/{family}-task1", "paper")
+        own = {"discount": discount, "expectile": 0.9, "candidates": 32, "horizon": 1}
+        assert vars(ranked) == {**shared, **own, "target_rate": 0.005, "precision": "float32", "compile": True}
 
     def test_unknown_names(self) -> None:
         with pytest.raises(UnknownNameError, match="preset"):
             preset("rql", ENV, "large")  # type: ignore[arg-type]
+        with pytest.raises(UnknownNameError, match="preset"):
+            cloning_preset(ENV, "large")  # type: ignore[arg-type]
 
 
 class TestChangedSettings:

@@ -19,7 +19,7 @@ from counterflow.data import (
 )
 from counterflow.envs.registry import make_task
 from counterflow.errors import DatasetError, InvalidInputError, MismatchError, UnknownNameError
-from counterflow.experiments.offline_data import load_transitions
+from counterflow.experiments.offline_data import find_data, load_transitions
 
 POINT = "ogbench/pointmaze-medium-task4"
 
@@ -139,3 +139,25 @@ def test_archives_that_do_not_serve_are_refused(walked: Path, tmp_path: Path) ->
     (tmp_path / "cut.npz").write_bytes(walked.read_bytes()[:-200])
     with pytest.raises(DatasetError, match="is truncated, damaged"):
         load_transitions(tmp_path / "cut.npz", POINT)
+
+
+def test_official_data_come_before_collected_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DatasetError, match=r"counterflow collect ogbench/cube-single .*\['cube-single-play-v0'\]"):
+        find_data("ogbench/cube-single-task3")
+    with pytest.raises(DatasetError, match=r"Fetch OGBench's own: .*\['antmaze-large-navigate-v0'\]"):
+        find_data("ogbench/antmaze-large-task1")
+    with pytest.raises(UnknownNameError, match="cube-single"):
+        find_data("ogbench/cube-singel-task3")
+    with pytest.raises(DatasetError, match="path of an archive"):
+        find_data("metaworld/push-v3")
+    collected, official = tmp_path / "data/cube-single-play.npz", tmp_path / ".ogbench/data/cube-single-play-v0.npz"
+    for path in (collected, official):
+        path.parent.mkdir(parents=True)
+        path.touch()
+        for name in ("ogbench/cube-single", "ogbench/cube-single-task3", "ogbench/cube-single-goals-task2"):
+            assert find_data(name).resolve() == path
+    maze = official.with_name("antmaze-large-navigate-v0.npz")
+    maze.touch()
+    assert find_data("ogbench/antmaze-large-task1") == maze

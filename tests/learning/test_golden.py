@@ -1,22 +1,26 @@
 """Our losses against numbers that the official JAX code produced once: RQL aoberai/rql, QGF zhouzypaul/qgf, FQL seohongpark/fql.
 
 Other files of the same layout may be put in the place of these: sizes, layers, members and settings are read from them.
+Actions are sampled by what acts after a training: a `FlowPolicy` with the trained network in it, steered and guided.
 """
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from counterflow.data.transitions import Chunks, Windows
-from counterflow.learning.fql import FQLConfig, FQLDraws, FQLLearner, FQLNetworks, denoised, fql_loss
+from counterflow.learning.fql import FQLConfig, FQLDraws, FQLLearner, FQLNetworks, fql_loss
 from counterflow.learning.iql import IQLNetworks, critic_loss, value_loss
 from counterflow.learning.offline import Sizes
 from counterflow.learning.qgf import FlowDraws, policy_loss
 from counterflow.learning.rql import RQLConfig, RQLDraws, RQLLearner, RQLNetworks, rql_loss
+from counterflow.policies import ActionSpec, FlowPolicy, NetworkConfig, Normaliser
 from counterflow.policies.stacked import StackedMLP
+from counterflow.steering import ChunkCritic, CriticBinding, CriticConfig, CriticGuidance, SteeredPolicy
 
 FOLDER = Path(__file__).parents[1] / "data_files" / "golden"
 LOSS, GRADIENT = 1e-5, 1e-4
@@ -107,6 +111,28 @@ def check(found: dict[str, Pairs]) -> None:
                 torch.testing.assert_close(ours, official, rtol=0, atol=GRADIENT)
 
 
+def acting(name: str, network: StackedMLP, observation: int, horizon: int, action: int) -> FlowPolicy:
+    """Return the policy that a learner hands on, with a file's network in it, whatever the sizes of its layers."""
+    ones = (1.0,) * action
+    spec = ActionSpec(horizon, action, tuple(-one for one in ones), ones)
+    plain = Normaliser(torch.zeros(observation), torch.ones(observation), "none")
+    policy = FlowPolicy(NetworkConfig(name), plain, spec)  # type: ignore[arg-type]
+    assert policy.network.stack.inputs == network.inputs
+    policy.network.stack = network
+    return policy.requires_grad_(False)
+
+
+def act(policy: FlowPolicy, observations: torch.Tensor, noise: torch.Tensor, steps: int, **ports: Any) -> torch.Tensor:
+    """Return flattened chunks (B, H * A) denoised from given noise."""
+    spec = policy.action_spec
+
+    def start(*_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return noise.unflatten(1, (spec.horizon, spec.dim)), noise.new_zeros(len(noise))
+
+    steered = SteeredPolicy(policy, start, steps=steps, **ports)
+    return steered.act(observations, rng=0).actions.flatten(1)
+
+
 def deviations() -> dict[str, dict[str, float]]:
     """Return the largest deviation of every quantity of every file: relative for losses, absolute for the others."""
     found = {"rql": rql_compared(Golden("rql")), "qgf": qgf_compared(Golden("qgf")), "fql": fql_compared(Golden("fql"))}
@@ -169,7 +195,8 @@ def rql_config(golden: Golden) -> RQLConfig:
 
 def rql_batch(golden: Golden) -> Windows:
     # time first there, (h + 1, B, ...); seeds, rows, time here
-    return Windows(**{name: array.transpose(0, 1)[None] for name, array in golden.under("batch/").items()})
+    batch, names = golden.under("batch/"), Windows.__dataclass_fields__
+    return Windows(**{name: batch[name].transpose(0, 1)[None] for name in names})
 
 
 def rql_draws(golden: Golden) -> RQLDraws:
@@ -222,9 +249,10 @@ def rql_compared(golden: Golden) -> dict[str, Pairs]:
         for name, network in vars(learner.parts).items()
         for pair in compared(network, rql_layers(golden, "after_update", name), "value")
     ]
-    observations, noise = golden["batch/observations"][0], golden["sample/noise"]
-    steps = golden.config["flow_steps"]
-    actions = denoised(rql_networks(golden).target_actor, observations[None], noise[None], steps)[0]
+    observations, config = golden["batch/observations"][0], golden.config
+    sizes = observations.shape[-1], config["h"], golden["batch/actions"].shape[-1]
+    policy = acting("plain_mlp", rql_networks(golden).target_actor, *sizes)
+    actions = act(policy, observations, golden["sample/noise"], config["flow_steps"])
     return {
         "losses": [(ours.detach(), official) for ours, official in losses],
         "gradients": gradients,
@@ -267,7 +295,6 @@ def qgf_batch(golden: Golden) -> Chunks:
 
 
 def qgf_compared(golden: Golden) -> dict[str, Pairs]:
-    """Without the guided samples, which `test_critic_guidance.py` checks."""
     policy, networks = qgf_networks(golden)
     batch, config = qgf_batch(golden), golden.config
     losses = {
@@ -286,7 +313,37 @@ def qgf_compared(golden: Golden) -> dict[str, Pairs]:
     return {
         "losses": [(loss.detach(), golden[f"loss/{name}"]) for name, loss in losses.items()],
         "gradients": gradients,
+        "sampled actions": qgf_samples(golden, policy, networks),
     }
+
+
+def qgf_samples(golden: Golden, network: StackedMLP, networks: IQLNetworks) -> Pairs:
+    """Pair guided chunks with every sample in the file, whose names say the weight, and whether with the Jacobian."""
+    observations, config = golden["batch/observations"], golden.config
+    horizon, action = golden["batch/actions"].shape[1:]
+    policy = acting("normed_mlp", network, observations.shape[-1], horizon, action)
+    judge = networks.target_critic.requires_grad_(False)
+    critic = ChunkCritic(
+        CriticConfig("observation", judge.count),
+        CriticBinding("", "", horizon, action),
+        policy.observation_normaliser,
+        torch.nn.Sequential(judge),  # not compared with the configuration's architecture: the file has its own
+    )
+    pairs = []
+    for name, official in golden.under("sample/").items():
+        if name == "noise":
+            continue
+        told = dict(part.split("=") for part in name.split("/"))
+        guidance = CriticGuidance(
+            critic,
+            policy,
+            float(told["weight"]),
+            jacobian=told["jacobian"] == "True",
+            aggregation=config["q_aggregation"],
+        )
+        noise, steps = golden["sample/noise"], config["denoise_steps"]
+        pairs.append((act(policy, observations, noise, steps, guidance=guidance), official))
+    return pairs
 
 
 def test_golden_qgf(qgf: Golden) -> None:

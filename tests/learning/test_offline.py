@@ -2,18 +2,20 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 import torch
 
 from counterflow.data.transitions import Chunks, Windows
 from counterflow.errors import CheckpointError, InvalidInputError
+from counterflow.learning.bc import can_compile
 from counterflow.learning.fql import FQLConfig, FQLLearner
 from counterflow.learning.ifql import IFQLConfig, IFQLLearner
 from counterflow.learning.offline import BLOCK, OfflineLearner, Sizes, expectile_loss
 from counterflow.learning.qgf import QGFConfig, QGFLearner
 from counterflow.learning.rql import RQLConfig, RQLDraws, RQLLearner, RQLNetworks, pull_back
-from counterflow.policies.networks import OfflineNetwork
+from counterflow.policies.networks import OfflineNetwork, sinusoidal
 from counterflow.policies.stacked import StackedMLP
 
 SIZES = Sizes(3, 2, 2)
@@ -88,6 +90,45 @@ def test_resumed_training_gives_the_same_numbers(name: str, stop: int) -> None:
         assert all(torch.equal(one[key], other[key]) for key in other)
 
 
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("name", "device"), [("rql", "cpu"), *(pytest.param(name, "cuda", marks=GPU) for name in LEARNERS)]
+)
+def test_a_compiled_update_gives_the_same_numbers(name: str, device: str) -> None:
+    """On a GPU the loss is a CUDA graph: numbers of earlier updates must survive the later ones."""
+    learner, config = LEARNERS[name]
+    eager, fast = (learner(SIZES, dataclasses.replace(config, compile=one), [0, 1], device) for one in (False, True))
+    assert fast.compiled
+
+    def draws_of(update: int) -> Any:
+        made = eager.draw(torch.Generator(device).manual_seed(update), 2)  # a row a seed
+        return type(made)(*(getattr(made, one.name) for one in dataclasses.fields(made)))
+
+    starts = draw_starts(2 * config.batch_size, torch.Generator().manual_seed(0)).view(2, -1)
+    made = batch_of(eager, starts)
+    batch = type(made)(*(value if value is None else value.to(device) for value in vars(made).values()))
+    numbers = [[one.apply(batch, draws_of(update)) for update in range(4)] for one in (eager, fast)]
+    for found, expected in zip(*numbers, strict=True):
+        for key, value in expected.items():
+            torch.testing.assert_close(value, found[key], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_bfloat16_comes_near_float32(name: str) -> None:
+    learner, config = LEARNERS[name]
+    exact, rough = (
+        learner(SIZES, dataclasses.replace(config, precision=kind), [0, 1]) for kind in ("float32", "bfloat16")
+    )
+    for one, other in zip(train(exact, 5), train(rough, 5), strict=True):
+        assert one["loss"].dtype == other["loss"].dtype == torch.float32
+        assert not torch.equal(one["loss"], other["loss"])
+        torch.testing.assert_close(other["loss"], one["loss"], rtol=0.1, atol=0.05)
+    assert all(weight.dtype == torch.float32 for weight in rough.field().stack.parameters())
+
+
 def test_a_state_of_other_sizes_is_refused() -> None:
     other = RQLLearner(Sizes(4, 2, 2), LEARNERS["rql"][1], [0])
     with pytest.raises(CheckpointError, match="does not fit"):
@@ -129,13 +170,12 @@ def test_the_policy_handed_on_is_the_network_that_was_trained(name: str) -> None
     observations, x, t = torch.randn(5, 3), torch.randn(5, 2, 2), torch.rand(5)
     inputs = {
         "plain_mlp": [observations, x.flatten(1), t[:, None]],
+        "normed_mlp": [observations, x.flatten(1), sinusoidal(t)],
         "one_step_mlp": [observations, x.flatten(1)],
-    }.get(field.network.name)
-    found = network(observations, x, t)
-    if inputs is not None:
-        wide = torch.cat(inputs, 1).expand(2, -1, -1)
-        said = field.stack(wide)[1].view(5, 2, 2)
-        torch.testing.assert_close(found, said - x if field.network.name == "one_step_mlp" else said)
+    }[field.network.name]
+    said = field.stack(torch.cat(inputs, 1).expand(2, -1, -1))[1].view(5, 2, 2)
+    expected = said - x if field.network.name == "one_step_mlp" else said
+    torch.testing.assert_close(network(observations, x, t), expected)
 
 
 def test_pulling_back_covers_the_fraction_that_was_drawn() -> None:

@@ -70,6 +70,11 @@ class SliceStream(Generic[Loaded]):
             self._next = following, self._thread.submit(self._load, self.paths[following])
         return self._current
 
+    @property
+    def path(self) -> Path:
+        """The archive that `at` returned last, or the first."""
+        return self.paths[self._index or 0]
+
     def close(self) -> None:
         """Let go of everything and wait for the thread; safe to call twice."""
         self._thread.shutdown(cancel_futures=True)

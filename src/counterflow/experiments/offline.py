@@ -5,6 +5,7 @@
     runs/<name>/seed-<n>/checkpoints/policy.safetensors  what acts: a `FlowPolicy`, which can be steered like any other
     runs/<name>/seed-<n>/checkpoints/critic.safetensors  what guides it or ranks its samples
     runs/<name>/evaluations/                             weights that wait for their evaluation; empty when a run has finished
+    runs/<name>/diverged.json                            of a run whose loss became infinite: the update, and its batch's rows
 
 Evaluation goes on in a process of its own while the training continues; its numbers are reported when they are there.
 """
@@ -16,8 +17,9 @@ import os
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +35,7 @@ from counterflow.errors import InvalidInputError, MismatchError, TrainingError, 
 from counterflow.experiments.evaluate import check_episodes, evaluate, machine
 from counterflow.experiments.offline_data import load_transitions
 from counterflow.experiments.run import Run, read_config
+from counterflow.files import write_json
 from counterflow.learning.fql import FQLConfig, FQLLearner
 from counterflow.learning.ifql import IFQLConfig, IFQLLearner
 from counterflow.learning.offline import BLOCK, OfflineConfig, OfflineLearner, Sizes
@@ -231,6 +234,7 @@ class _Source:
         device: torch.device,
     ) -> None:
         self._spec, self._config, self._settings, self._kind, self._device = spec, config, settings, kind, device
+        self._data = data
         self._stream = SliceStream(data, self._load, settings.slice_every) if data.is_dir() else None
         self._sampler = self._load(data) if self._stream is None else self._stream.at(0)
         self.description = {"file": data.name, "transitions": self._count}
@@ -241,6 +245,11 @@ class _Source:
     def __exit__(self, *_: object) -> None:
         if self._stream is not None:
             self._stream.close()
+
+    @property
+    def file(self) -> str:
+        """The archive whose rows are drawn."""
+        return str(self._data if self._stream is None else self._stream.path)
 
     def turn_to(self, update: int) -> None:
         """Take the slice for the updates from `update` on."""
@@ -387,16 +396,19 @@ class _Training:
         save(policy, place / "policy.safetensors")
 
     def _check(self, losses: Sequence[Tensor], starts: Tensor, begin: int) -> None:
-        """Stop at the first loss that is not finite, and say where it came from."""
+        """Stop at the first loss that is not finite, and say where it came from: the whole batch in `diverged.json`."""
         sound = torch.isfinite(torch.stack(list(losses)))  # (U, S)
         if bool(sound.all()):
             return
         update, seed = (int(value) for value in (~sound).nonzero()[0])
         rows = starts[update, seed].tolist()
         listing = ", ".join(str(row) for row in rows[:8])
+        value, step, path = float(losses[update][seed]), begin + update + 1, self.folder.folder / "diverged.json"
+        where = {"update": step, "seed": self.learner.seeds[seed], "loss": str(value), "rows": rows}
+        write_json(path, where | {"data": self.source.file})
         raise self._diverged(
-            f"the loss of seed {self.learner.seeds[seed]} is {float(losses[update][seed])} at update {begin + update + 1}, whose "
-            f"batch begins at rows {listing}{', ...' if len(rows) > 8 else ''} of the data"
+            f"the loss of seed {self.learner.seeds[seed]} is {value} at update {step}, whose windows begin at rows "
+            f"{listing}{', ...' if len(rows) > 8 else ''} of {self.source.file} (all of them in {path})"
         )
 
     def _diverged(self, what: str) -> TrainingError:
@@ -476,19 +488,23 @@ class Evaluations:
             self._pending[place] = self._pool.submit(success_of, *arguments)
 
     def collect(self) -> None:
-        """Report what is finished."""
+        """Report what is finished; what can't be evaluated is left out with a warning, for the training is worth more."""
         for place, future in list(self._pending.items()):
             if future.done():
                 step, seed = (int(part) for part in place.name.split("-seed-"))
-                self.success[seed] = future.result()
-                self._on_rates(step, {seed: self.success[seed]})
+                try:
+                    self.success[seed] = future.result()
+                except InvalidInputError as error:  # of a critic, for example, that does not depend on the chunk
+                    self.success.pop(seed, None)  # the last known rate is of other weights
+                    warnings.warn(f"seed {seed} was not evaluated after {step} updates: {error}", stacklevel=2)
+                else:
+                    self._on_rates(step, {seed: self.success[seed]})
                 del self._pending[place]
                 shutil.rmtree(place)
 
     def wait(self) -> None:
         """Wait for all that is being evaluated, and report it."""
-        for future in list(self._pending.values()):
-            future.result()
+        wait(self._pending.values())
         self.collect()
 
 

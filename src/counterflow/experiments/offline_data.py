@@ -9,9 +9,43 @@ import numpy as np
 
 from counterflow.data import EpisodeDataset, TransitionDataset
 from counterflow.data.episodes import array_names
-from counterflow.envs import check_env_name, describe, relabel
-from counterflow.errors import DatasetError
+from counterflow.envs import check_env_name, describe, env_names, families, family_of, relabel
+from counterflow.envs.ogbench import FAMILIES, GOALS
+from counterflow.errors import DatasetError, UnknownNameError
 from counterflow.experiments.train import check_dataset
+
+
+def find_data(env: str) -> Path:
+    """Return where the data of an environment of OGBench's lie: its own download if it is there, otherwise what was collected.
+
+    That is `~/.ogbench/data/<family>-<kind>-v0.npz`, where `ogbench.make_env_and_datasets` puts them, or
+    `data/<family>-<kind>.npz`, where `counterflow collect` does. The kind is play for manipulation, navigate for the others.
+
+    Raises:
+        DatasetError: neither is there, or the environment is of another benchmark.
+        UnknownNameError: no such environment or family.
+    """
+    from ogbench.utils import DEFAULT_DATASET_DIR
+
+    known = [*env_names(), *families()]
+    if env not in known:
+        raise UnknownNameError("environment or family", env, known)
+    if not env.startswith("ogbench/"):
+        raise DatasetError(f"{env} has no place where its data are looked for; give the path of an archive.")
+    family = family_of(env).removesuffix(GOALS)
+    name = family.split("/")[-1]
+    made_here = name in FAMILIES
+    kind = "play" if made_here else "navigate"
+    official = Path(DEFAULT_DATASET_DIR).expanduser() / f"{name}-{kind}-v0.npz"
+    collected = Path("data") / f"{name}-{kind}.npz"
+    found = next((path for path in (official, collected) if path.is_file()), None)
+    if found is None:
+        collect = f"Make some: 'counterflow collect {family} --episodes 1000'; or fetch" if made_here else "Fetch"
+        raise DatasetError(
+            f"there are no data of {family}: neither {official} nor {collected} is there. {collect} OGBench's own: "
+            f"python -c \"import ogbench; ogbench.download_datasets(['{name}-{kind}-v0'])\". Or say where they are (--data)."
+        )
+    return found
 
 
 def load_transitions(path: Path | str, env: str, *, sparse: bool = False) -> TransitionDataset:

@@ -1,6 +1,7 @@
 """Settings of the offline algorithms by environment: the official ones ("paper"), and ones for two cores ("small").
 
-Sources: RQL, aoberai/rql (hyperparameters.sh); FQL and IFQL, seohongpark/fql (README); QGF, zhouzypaul/qgf (README and defaults).
+Sources: RQL, aoberai/rql (hyperparameters.sh); FQL and IFQL, seohongpark/fql (README); QGF, zhouzypaul/qgf (README,
+scripts/bc_iql_train.py and defaults).
 """
 
 from __future__ import annotations
@@ -46,21 +47,29 @@ FQL: dict[str, dict[str, Any]] = {
 DISCOUNTS: dict[str, dict[str, Any]] = {
     name: {"discount": 0.995} for name in ("antmaze-giant", "humanoidmaze", "antsoccer")
 }
-# The QGF paper's own setting for the hard manipulation tasks, whose data have 100 million transitions.
-QGF_HARD = {"discount": 0.999, "width": 1024, "batch_size": 1024, "horizon": 5}
+# The QGF paper's four environments, each with data of 100 million transitions.
+QGF_PAPER = {"discount": 0.999, "width": 1024, "batch_size": 1024, "horizon": 5}
 QGF: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("cube-triple", "cube-quadruple", "cube-octuple", "puzzle-4x"), QGF_HARD),
-    **{name: {"discount": 0.99, "horizon": 5} for name in ("scene", "cube", "puzzle")},
+    **dict.fromkeys(("cube-triple", "cube-quadruple", "puzzle-4x4", "scene"), QGF_PAPER),
+    # Not among them: theirs for what is as large, and the official code's defaults with chunks of five for the rest.
+    **dict.fromkeys(("cube-octuple", "puzzle-4x"), QGF_PAPER),
+    **{name: {"discount": 0.99, "horizon": 5} for name in ("cube", "puzzle")},
     **{name: {**found, "horizon": 1} for name, found in DISCOUNTS.items()},
     **{name: {"horizon": 1} for name in ("antmaze", "pointmaze")},
 }
 OFFICIAL = {"rql": RQL, "qgf": QGF, "fql": FQL, "ifql": DISCOUNTS}
 SINGLE_STEP = ("fql", "ifql")  # their official code knows no chunks
-SPARSE = ("scene", "puzzle")  # where the official runs make the reward 0 or -1
-PAPER_STEPS = {"rql": 1_000_000, "qgf": 500_000, "fql": 1_000_000, "ifql": 1_000_000}
+SPARSE = ("scene", "puzzle")  # where the official runs of RQL, and of no other, make the reward 0 or -1
+PAPER_RUN = {
+    "rql": OfflineRun(steps=1_000_000, episodes=50),
+    "qgf": OfflineRun(steps=500_000, episodes=30),
+    "fql": OfflineRun(steps=1_000_000, episodes=50),
+    "ifql": OfflineRun(steps=1_000_000, episodes=50),
+}
 
-# Two cores: narrower, and chunks of five for everything, so that what differs between the algorithms is the algorithm. A hundred
-# times fewer updates than the official runs take larger steps: learning rate and targets move three to four times as fast.
+# Two cores: narrower, with chunks of five and the same rewards for everything, so that what differs between the algorithms is the
+# algorithm. A hundred times fewer updates than the official runs take larger steps: learning rate and targets move three to four
+# times as fast.
 SMALL: dict[str, Any] = {
     "width": 256,
     "depth": 2,
@@ -75,6 +84,9 @@ SMALL_OWN: dict[str, dict[str, Any]] = {
     "fql": {},
     "ifql": {},
 }
+SMALL_SCENE = {
+    "discount": 0.99
+}  # the other algorithms' there; QGF's own is made for networks and data of the paper's size
 SMALL_RUN = OfflineRun(steps=8_000, evaluate_every=4_000, episodes=20, checkpoint_every=2_000, report_every=500)
 
 
@@ -99,27 +111,30 @@ def preset(algorithm: str, env: str, name: PresetName) -> tuple[OfflineConfig, O
         own = {"horizon": 1, **own}
     sparse = family.startswith(SPARSE)
     if name == "paper":
-        run = OfflineRun(steps=PAPER_STEPS[algorithm], sparse=sparse)
-        return CONFIGS[algorithm](**own), run
-    return CONFIGS[algorithm](**{**own, **SMALL, **SMALL_OWN[algorithm]}), replace(SMALL_RUN, sparse=sparse)
+        return CONFIGS[algorithm](**own), replace(PAPER_RUN[algorithm], sparse=sparse and algorithm == "rql")
+    scene = SMALL_SCENE if family.startswith("scene") else {}
+    return CONFIGS[algorithm](**{**own, **SMALL, **SMALL_OWN[algorithm], **scene}), replace(SMALL_RUN, sparse=sparse)
 
 
-def cloning_preset(name: PresetName) -> BCConfig:
-    """Return settings of behaviour cloning: a prior of a few minutes, or the flow of QGF's official code.
+def cloning_preset(env: str, name: PresetName) -> BCConfig:
+    """Return settings of behaviour cloning: a prior of a few minutes, or the flow of QGF's official code for this environment.
 
     Raises:
-        UnknownNameError: no such preset.
+        UnknownNameError: no such preset, or no official settings are known for the environment's family.
     """
     if name not in get_args(PresetName):
         raise UnknownNameError("preset", str(name), get_args(PresetName))
     if name == "small":
         return BCConfig()
+    flow, run = preset("qgf", env, "paper")
     return BCConfig(
-        network=NetworkConfig("normed_mlp", 512, 4),
-        steps=500_000,
-        batch_size=256,
-        learning_rate=3e-4,
+        horizon=flow.horizon,
+        network=NetworkConfig("normed_mlp", flow.width, flow.depth),
+        steps=run.steps,
+        batch_size=flow.batch_size,
+        learning_rate=flow.learning_rate,
         schedule="constant",
+        time_law="grid",
         average=0.0,
         observation_normalisation="none",
         precision="float32",

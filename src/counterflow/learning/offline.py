@@ -246,7 +246,8 @@ class OfflineLearner(ABC, Generic[Config, Batch]):
             for one in self.following():
                 torch._foreach_lerp_(list(one.target.parameters()), list(one.online.parameters()), one.rate)
         self._optimiser.step()
-        return {"loss": losses.detach(), **{name: value.detach() for name, value in numbers.items()}}
+        # Copies: a CUDA graph writes its next results over these.
+        return {name: value.detach().clone() for name, value in {"loss": losses, **numbers}.items()}
 
     def state(self) -> dict[str, Tensor]:
         """Return everything that continuing with the same numbers needs, by name."""

@@ -22,6 +22,7 @@ FORMAT = Format(
 )
 PRIORS = Path(__file__).parent / "priors"
 INSIDE_A_RUN = ("policy.safetensors", "checkpoints/policy.safetensors")
+OF_A_SEED = "seed-*/checkpoints/policy.safetensors"  # in a run that trains several seeds side by side
 
 
 def save(policy: FlowPolicy, path: Path | str) -> Path:
@@ -40,8 +41,8 @@ def load(path_or_name: Path | str, device: torch.device | str = "cpu") -> FlowPo
     """Load a policy, frozen (no gradients, evaluation mode).
 
     Args:
-        path_or_name: a weights' file, its json, a run folder of `counterflow train`, or the name of a shipped prior (see
-            `shipped_priors()`).
+        path_or_name: a weights' file, its json, a run folder of `counterflow train` (of several seeds: that of one of them), or
+            the name of a shipped prior (see `shipped_priors()`).
         device: where it is to compute.
 
     Raises:
@@ -72,7 +73,7 @@ def find(path_or_name: Path | str) -> Path:
 
     Raises:
         UnknownNameError: there is none, nor a shipped prior of that name.
-        CheckpointError: a folder without a policy.
+        CheckpointError: a folder without a policy, or with those of several seeds.
     """
     path = Path(path_or_name)
     if path.suffix == ".json":
@@ -82,6 +83,14 @@ def find(path_or_name: Path | str) -> Path:
     if found is not None:
         return found
     if path.is_dir():
+        seeds = sorted(path.glob(OF_A_SEED))
+        if len(seeds) == 1:
+            return seeds[0]
+        if seeds:
+            names = ", ".join(str(one.parents[1]) for one in seeds)
+            raise CheckpointError(
+                f"the run {path} holds the policies of {len(seeds)} seeds; name one of them: {names}."
+            )
         lerobot = f" For one of LeRobot's policies say lerobot:{path}." if (path / "config.json").is_file() else ""
         raise CheckpointError(
             f"the folder {path} holds no policy; expected {' or '.join(INSIDE_A_RUN)}. A run writes one at its first "

@@ -39,6 +39,7 @@ class GuidanceSettings:
         jacobian: pull the gradient back through the estimate.
         schedule: "constant" or "remaining".
         largest_factor: of "remaining".
+        clip: whether the clean estimate is clipped to the action space's limits.
         aggregation: "min", "mean" or "lower_confidence".
         rho: of "lower_confidence".
         best_of: n candidates, of which the one with the highest value is kept.
@@ -50,6 +51,7 @@ class GuidanceSettings:
     jacobian: bool = False
     schedule: WeightSchedule = "constant"
     largest_factor: float = 10.0
+    clip: bool = True
     aggregation: Aggregation = "min"
     rho: float = 1.0
     best_of: int = 1
@@ -98,9 +100,10 @@ def guide(
         settings.jacobian,
         settings.schedule,
         settings.largest_factor,
-        aggregation=settings.aggregation,
-        rho=settings.rho,
-        task=task,
+        settings.clip,
+        settings.aggregation,
+        settings.rho,
+        task,
     )
     edit = HighestValue(critic, inner, settings.best_of, settings.aggregation, settings.rho, task)
     return SteeredPolicy(
