@@ -23,6 +23,7 @@ import tyro
 from rich.console import Console
 
 from counterflow.data import SteeringDataset
+from counterflow.envs import family_of
 from counterflow.experiments.compare import Comparison, Contender, compare, comparison_of, read_results
 from counterflow.experiments.dagger import dagger as run_dagger
 from counterflow.experiments.demonstrate import demonstrate
@@ -36,7 +37,7 @@ from counterflow.experiments.statistics import Difference, MeanRate, SuccessRate
 from counterflow.files import write_json
 from counterflow.learning import DSBCConfig
 from counterflow.random import child_seed
-from counterflow.steering import ChunkRegressor, RegressorConfig, steer_learned
+from counterflow.steering import ChunkRegressor, Intention, RegressorConfig, steer_learned
 
 HERE = Path(__file__).parent
 DATA, RESULTS = HERE / "data", HERE / "results"
@@ -48,7 +49,7 @@ TASKS = (*CUBE_TASKS, *SCENE_TASKS)
 ROLLOUTS, ROLLOUT_COUNTS, DEMONSTRATIONS = 18, (3, 10, 18, 50), 20
 CURVE_TASKS = ("ogbench/cube-single-task1", "ogbench/cube-single-task4")
 SEEDS, CURVE_SEEDS, OFFLINE_SEEDS = (0, 1, 2), (0, 1), (0,)
-Stage = Literal["rollouts", "settings", "counts", "offline", "dagger", "drift", "cost"]
+Stage = Literal["rollouts", "intention", "settings", "counts", "offline", "dagger", "drift", "cost"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 DAGGER_TASKS, DAGGER_FIRST, DAGGER_ROUNDS = ("ogbench/cube-single-task4", "ogbench/cube-single-task5"), 3, 4
 DRIFT_TASKS = ("ogbench/cube-single-task4", "ogbench/scene-task2")
@@ -59,6 +60,12 @@ KINDS: tuple[Method, ...] = ("regularised", "exact", "euler")
 DSBC = DSBCConfig()
 BC = replace(DSBC, regressor=RegressorConfig(target="action", bound=None))
 CONFIGS = {"dsbc": DSBC, "bc": BC}
+# What a squared unit of noise costs beside an intention: chosen a family on one task of it, on other episodes (stage intention).
+INTENDED = "dsbc with intention"
+PENALTIES = {"ogbench/cube-single": 3.0, "ogbench/scene": 0.3}
+INTENTION_TASKS, INTENTION_PENALTIES = ("ogbench/cube-single-task4", "ogbench/scene-task2"), (0.3, 1.0, 3.0, 10.0)
+METHODS = ("bc", "dsbc", INTENDED)
+INTENTION_SEED = 1  # other evaluation episodes than the table's
 
 # What is changed, one thing at a time; the noises of the first are found anew by each of these.
 SETTINGS_TASKS, SETTINGS_SEEDS = ("ogbench/cube-single-task5", "ogbench/scene-task1"), (0,)
@@ -82,11 +89,13 @@ class Arguments:
     """Run the distillation benchmark."""
 
     stages: tuple[Stage, ...] = STAGES
-    """rollouts: the main table; settings: what each of them is worth; counts: against the number of rollouts; offline: from
-    demonstrations; dagger: with an expert at hand; drift: how far policies stray from the training states; cost: time and
-    memory."""
+    """rollouts: the main table; intention: how strongly the chunk that is meant should pull; settings: what each of them is
+    worth; counts: against the number of rollouts; offline: from demonstrations; dagger: with an expert at hand; drift: how
+    far policies stray from the training states; cost: time and memory."""
     tasks: tuple[str, ...] = TASKS
     """Run the stages of a table for these tasks alone."""
+    methods: tuple[str, ...] = METHODS
+    """Of the main table and of that from demonstrations, run these alone."""
     episodes: int = 50
     """Evaluation episodes for each policy on each task."""
     only_report: bool = False
@@ -100,7 +109,7 @@ def main() -> None:
     console = Console()
     if not arguments.only_report:
         for stage in arguments.stages:
-            RUN[stage](Job(console, arguments.episodes, arguments.tasks))
+            RUN[stage](Job(console, arguments.episodes, arguments.tasks, arguments.methods))
     report()
 
 
@@ -112,11 +121,13 @@ class Job:
         console: where to say how far it is.
         episodes: evaluation episodes for each policy on each task.
         tasks: the tasks of a table.
+        methods: of the main table, and of that from demonstrations.
     """
 
     console: Console
     episodes: int
     tasks: Sequence[str]
+    methods: Sequence[str]
 
 
 def recording(task: str, successes: int) -> Path:
@@ -136,7 +147,7 @@ def trained(
     return str(out)
 
 
-def evaluate_all(job: Job, path: Path, task: str, contenders: Sequence[Contender]) -> None:
+def evaluate_all(job: Job, path: Path, task: str, contenders: Sequence[Contender], seed: int = 0) -> None:
     """Evaluate on one task what is missing in the results; a file a task, so that stages and tasks may run side by side."""
     path = path / f"{task.split('/')[1]}.json"
     count, successes = 0, 0
@@ -152,7 +163,7 @@ def evaluate_all(job: Job, path: Path, task: str, contenders: Sequence[Contender
         if count == job.episodes:
             job.console.log(f"  {successes} of {count}")
 
-    compare([task], contenders, job.episodes, 0, path=path, on_start=start, on_episode=finish)
+    compare([task], contenders, job.episodes, seed, path=path, on_start=start, on_episode=finish)
 
 
 def settings(job: Job) -> None:
@@ -180,12 +191,36 @@ def rollouts(job: Job) -> None:
     """Run BC and DSBC from 18 successful rollouts, three training seeds (base and FRS are the zero-shot benchmark's)."""
     for task in job.tasks:
         folder = recording(task, ROLLOUTS)
+        name = f"{folder.name}-{ROLLOUTS}"
         contenders = []
         for seed in SEEDS:
-            for method in ("bc", "dsbc"):
-                learned = trained(method, f"{folder.name}-{ROLLOUTS}", [folder], seed, ROLLOUTS)
-                contenders.append(Contender(f"{method}, seed {seed}", method, learned=learned))
+            for method in job.methods:
+                config = intended(PENALTIES[family_of(task)]) if method == INTENDED else CONFIGS[method]
+                learned = trained(method.replace(" ", "-"), name, [folder], seed, ROLLOUTS, config)
+                contenders.append(Contender(f"{method}, seed {seed}", method.split()[0], learned=learned))
         evaluate_all(job, RESULTS / "rollouts", task, contenders)
+
+
+def intended(penalty: float) -> DSBCConfig:
+    """Return the settings of a noise policy with an intention."""
+    return replace(DSBC, regressor=replace(DSBC.regressor, intention=Intention(penalty=penalty)))
+
+
+def intention(job: Job) -> None:
+    """Run the strengths of an intention's pull, on one task of each family and other episodes than the table's."""
+    for task in INTENTION_TASKS:
+        folder = recording(task, ROLLOUTS)
+        name = f"{folder.name}-{ROLLOUTS}"
+        contenders = [
+            Contender(method, method, learned=trained(method, name, [folder], 0, ROLLOUTS)) for method in ("bc", "dsbc")
+        ]
+        learned = trained(INTENDED.replace(" ", "-"), name, [folder], 0, ROLLOUTS, intended(PENALTIES[family_of(task)]))
+        for penalty in INTENTION_PENALTIES:  # how strongly it pulls is not learned
+            regressor = ChunkRegressor.load(learned)
+            regressor.config = intended(penalty).regressor
+            out = DATA / "intention" / f"{name}-{penalty:g}.safetensors"
+            contenders.append(Contender(f"penalty {penalty:g}", "dsbc", learned=str(regressor.save(out))))
+        evaluate_all(job, RESULTS / "intention", task, contenders, INTENTION_SEED)
 
 
 def counts(job: Job) -> None:
@@ -203,28 +238,28 @@ def counts(job: Job) -> None:
 
 def offline(job: Job) -> None:
     """Run both on oracle demonstrations, with exact inversion and Euler reversal as the source of noises."""
-    inversions: dict[str, dict[str, Any]] = {}
     for task in job.tasks:
         name = task.split("/")[1]
         demonstrations = DATA / "demonstrations" / f"{name}.npz"
         demonstrate(task, demonstrations, episodes=DEMONSTRATIONS)
+        archives = {kind: demonstrations.with_name(f"{name}-{kind}.npz") for kind in KINDS}
+        described = RESULTS / "inversion" / f"{name}.json"
+        inversions = json.loads(described.read_text()) if described.exists() else {}
         contenders = []
-        for kind in KINDS:
-            archive = demonstrations.with_name(f"{name}-{kind}.npz")
-            # Euler reversal has no tolerance to keep to: what it misses is what is measured.
-            how = InversionSettings.of(kind, tolerance=100.0) if kind == "euler" else InversionSettings.of(kind)
-            found = invert_dataset(demonstrations, task, archive, how)
-            inversions.setdefault(task, {})[kind] = found.to_json()
-            for seed in OFFLINE_SEEDS:
-                learned = trained("dsbc", f"{name}-demonstrations-{kind}", [archive], seed, None)
-                contenders.append(Contender(f"dsbc, {kind}, seed {seed}", "dsbc", learned=learned))
-        for seed in OFFLINE_SEEDS:
-            learned = trained(
-                "bc", f"{name}-demonstrations", [demonstrations.with_name(f"{name}-exact.npz")], seed, None
-            )
-            contenders.append(Contender(f"bc, seed {seed}", "bc", learned=learned))
+        for method in job.methods:
+            for kind in KINDS if method == "dsbc" else (("regularised",) if method == INTENDED else ("exact",)):
+                # Euler reversal has no tolerance to keep to: what it misses is what is measured.
+                how = InversionSettings.of(kind, tolerance=100.0) if kind == "euler" else InversionSettings.of(kind)
+                inversions[kind] = invert_dataset(demonstrations, task, archives[kind], how).to_json()
+                label = method if method == "bc" else f"{method}, {kind}"
+                config = intended(PENALTIES[family_of(task)]) if method == INTENDED else CONFIGS[method]
+                suffix = "" if method == "bc" else f"-{kind}"
+                for seed in OFFLINE_SEEDS:
+                    stem = f"{name}-demonstrations{suffix}"
+                    learned = trained(method.replace(" ", "-"), stem, [archives[kind]], seed, None, config)
+                    contenders.append(Contender(f"{label}, seed {seed}", method.split()[0], learned=learned))
         evaluate_all(job, RESULTS / "offline", task, contenders)
-        write_json(RESULTS / "inversion" / f"{name}.json", inversions[task])
+        write_json(described, inversions)
 
 
 def dagger(job: Job) -> None:
@@ -285,6 +320,7 @@ def cost(job: Job) -> None:
 
 RUN: dict[str, Callable[[Job], None]] = {
     "rollouts": rollouts,
+    "intention": intention,
     "settings": settings,
     "counts": counts,
     "offline": offline,
@@ -299,6 +335,7 @@ def report() -> None:
     readme = HERE / "README.md"
     for name, write in (
         ("rollouts", report_rollouts),
+        ("intention", report_intention),
         ("settings", report_settings),
         ("counts", report_counts),
         ("offline", report_offline),
@@ -320,7 +357,11 @@ def results_of(stage: str) -> Comparison:
 
 def pooled(comparison: Comparison, method: str, task: str) -> SuccessRate:
     """Return a method's rate on a task, all training seeds together."""
-    rates = [rates[task] for label, rates in comparison.rates.items() if label.startswith(method) and task in rates]
+    rates = [
+        rates[task]
+        for label, rates in comparison.rates.items()
+        if task in rates and (label == method or label.startswith(f"{method}, "))
+    ]
     return SuccessRate(sum(one.successes for one in rates), sum(one.episodes for one in rates))
 
 
@@ -351,7 +392,7 @@ def report_rollouts() -> str:
         one for one in read_results(ZERO_SHOT) if one["label"] in ("base", "FRS, K = 5") and one["env"] in learned.tasks
     ]
     comparison = comparison_of([*zero_shot, *learned.results])
-    methods = {"base": "base", "frs": "FRS", "bc": "bc", "dsbc": "dsbc"}
+    methods = {"base": "base", "frs": "FRS", "bc": "bc", "dsbc": "dsbc", INTENDED: INTENDED}
     success_bars(
         {
             family: {name: mean(comparison, label, tasks) for name, label in methods.items()}
@@ -364,12 +405,26 @@ def report_rollouts() -> str:
     )
     lines = [*table(comparison, list(methods.values())), ""]
     for name, tasks in {**FAMILIES, "all": TASKS}.items():
-        dsbc, frs, bc = (mean(comparison, one, tasks) for one in ("dsbc", "FRS", "bc"))
-        lines.append(
-            f"- {name}: DSBC reaches {100 * dsbc.rate / frs.rate:.0f}% of FRS's success; DSBC minus BC: {Difference(dsbc, bc)} "
-            "points."
-        )
+        frs, bc = mean(comparison, "FRS", tasks), mean(comparison, "bc", tasks)
+        for label, method in (("DSBC", "dsbc"), ("DSBC with intention", INTENDED)):
+            own = mean(comparison, method, tasks)
+            lines.append(
+                f"- {name}: {label} reaches {100 * own.rate / frs.rate:.0f}% of FRS's success; {label} minus BC: "
+                f"{Difference(own, bc)} points."
+            )
     return "\n".join(lines)
+
+
+def report_intention() -> str:
+    """Return the table of the intention's strengths."""
+    comparison = results_of("intention")
+    done = [task for task in INTENTION_TASKS if task in comparison.tasks]
+    lines = ["| policy | " + " | ".join(done) + " |", "| --- |" + " ---: |" * len(done)]
+    rows = {
+        label: " | ".join(cell(pooled(comparison, label, task)) for task in done)
+        for label in ("bc", "dsbc", *(f"penalty {penalty:g}" for penalty in INTENTION_PENALTIES))
+    }
+    return "\n".join([*lines, *(f"| {label} | {cells} |" for label, cells in rows.items())])
 
 
 def report_settings() -> str:
@@ -377,10 +432,7 @@ def report_settings() -> str:
     comparison = results_of("settings")
     done = [task for task in SETTINGS_TASKS if task in comparison.tasks]
     lines = ["| what is changed | " + " | ".join(done) + " |", "| --- |" + " ---: |" * len(done)]
-    rows = {
-        label: " | ".join(cell(pooled(comparison, f"{label}, ", task)) for task in done)
-        for label in (*CHANGES, *NOISES)
-    }
+    rows = {label: " | ".join(cell(pooled(comparison, label, task)) for task in done) for label in (*CHANGES, *NOISES)}
     return "\n".join([*lines, *(f"| {label} | {cells} |" for label, cells in rows.items())])
 
 
@@ -410,10 +462,17 @@ def report_offline() -> str:
     """Return the tables of learning from demonstrations and of what inversion misses."""
     comparison = results_of("offline")
     methods = ["bc", *(f"dsbc, {kind}" for kind in KINDS[::-1])]
+    contestants = {"DSBC": "dsbc, regularised", "DSBC with intention": f"{INTENDED}, regularised"}
+    done = [task for task in TASKS if task in comparison.tasks]
+    if all(task in comparison.rates.get(f"{contestants['DSBC with intention']}, seed 0", {}) for task in done):
+        methods.append(contestants["DSBC with intention"])
+    contestants = {label: method for label, method in contestants.items() if method in methods}
     differences = []
     for name, tasks in {**FAMILIES, "all": TASKS}.items():
-        dsbc, bc = mean(comparison, "dsbc, regularised", tasks), mean(comparison, "bc", tasks)
-        differences.append(f"- {name}: DSBC (regularised noises) minus BC: {Difference(dsbc, bc)} points.")
+        bc = mean(comparison, "bc", tasks)
+        for label, method in contestants.items():
+            own = mean(comparison, method, tasks)
+            differences.append(f"- {name}: {label} (regularised noises) minus BC: {Difference(own, bc)} points.")
     names = {task: RESULTS / "inversion" / f"{task.split('/')[1]}.json" for task in TASKS}
     found = {task: json.loads(path.read_text()) for task, path in names.items() if path.exists()}
     lines = [*table(comparison, methods), "", *differences, ""]

@@ -85,6 +85,8 @@ class Arguments:
     """For these alone."""
     episodes: int = 50
     """Evaluation episodes for each policy on each task."""
+    sweep_episodes: int = 0
+    """Of each weight of QGF's sweep; 0: as many."""
     only_report: bool = False
     """Write tables and figures from the results that are there."""
 
@@ -131,7 +133,10 @@ def small(arguments: Arguments, console: Console) -> None:
                 folder = folder_of(algorithm, task) / f"seed-{seed}"
                 if (folder / "checkpoints" / "policy.safetensors").exists():
                     contenders = contenders_of(algorithm, task, seed, folder / "checkpoints" / "critic.safetensors")
-                    run(console, task, contenders, arguments.episodes, path, str(folder))
+                    swept = [one for one in contenders if one.label.startswith("QGF, weight")]
+                    others = [one for one in contenders if one not in swept]
+                    run(console, task, others, arguments.episodes, path, str(folder))
+                    run(console, task, swept, arguments.sweep_episodes or arguments.episodes, path, str(folder))
 
 
 def contenders_of(algorithm: str, task: str, seed: int, critic: Path) -> list[Contender]:
