@@ -142,8 +142,8 @@ def _about(about: Mapping[str, Any]) -> str:
     return (
         f"{about['parameters'] / 1e6:.1f} million parameters, {about['megabytes']:g} MB; {made['steps']:,} updates of "
         f"{made['settings']['batch_size']} chunks (the last {about['timed_updates']:,} took {about['seconds'] / 60:.0f} minutes) "
-        f"on {made['episodes']:,} demonstrations of {len(made['tasks'])} tasks, {made['transitions']:,} transitions; held-out loss "
-        f"{made['validation_loss']:.3f}."
+        f"on {made['episodes']:,} demonstrations of {len(made['tasks'])} tasks, {made['transitions']:,} transitions; "
+        f"held-out loss {made['validation_loss']:.3f}."
         + (
             f" Without demonstrations, because the expert succeeds too seldom: {', '.join(left_out)}."
             if left_out
@@ -239,11 +239,7 @@ def report_distillation(suite: Suite) -> str:
 
 def report_rl(suite: Suite) -> str:
     """Return the table of reinforcement learning at its end, and draw the curves: where FRS works, and where it hardly does."""
-    asked = {
-        "policy": suite.fingerprint,
-        "decisions": suite.settings.decisions,
-        "seeds": list(suite.settings.learning_seeds),
-    }
+    asked = suite.asked_of_learning()
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for path in sorted((suite.results / "rl").glob("*.json")):
         content = suite.read(f"rl/{path.stem}")

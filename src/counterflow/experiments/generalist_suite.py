@@ -178,10 +178,10 @@ class Suite:
         """Which policy it is; of one that is not there any more, what the results say."""
         try:
             return policy_name(load(self.policy))
-        except CounterflowError:
+        except CounterflowError as error:
             known = self.read("generalist")
             if known is None:
-                raise
+                raise DatasetError(f"there is no generalist yet ({error}) Run the stage 'generalist' first.") from error
             return str(known["policy"])
 
     @property
@@ -293,6 +293,16 @@ class Suite:
         return sorted(
             (task for task in gains if task not in works), key=lambda task: (gains[task][0] == 0, gains[task][0], task)
         )[: self.settings.hard]
+
+    def asked_of_learning(self) -> dict[str, Any]:
+        """Return what must agree for a result of reinforcement learning to count."""
+        settings = self.settings
+        return {
+            "policy": self.fingerprint,
+            "steps": self.chosen()["frs"],
+            "decisions": settings.decisions,
+            "seeds": list(settings.learning_seeds),
+        }
 
     def critics_tasks(self) -> tuple[list[str], list[str]]:
         """The tasks whose rollouts the critic learns from, and those that it never sees: by turns, the most even first.
@@ -505,7 +515,7 @@ def zero_shot(suite: Suite) -> None:
 
 def steered_successes(suite: Suite, task: str, successes: int, folder: str = "steered") -> Path | None:
     """Return the folder of a task's FRS rollouts, recorded as far as they are missing; None: too few succeed."""
-    out = suite.data / folder / slug(task)
+    out = suite.data / folder / f"{slug(task)}-{suite.chosen()['frs']}"
     try:
         record(
             task,
@@ -534,7 +544,7 @@ def distillation(suite: Suite) -> None:
         found = suite.contenders()
         contenders = [found["base"], found["frs"]]
         for method, config in (("bc", BC), ("dsbc", DSBC)):
-            out = suite.data / "distilled" / f"{slug(task)}-{settings.successes}-{method}.safetensors"
+            out = suite.data / "distilled" / f"{rollouts.name}-{settings.successes}-{method}.safetensors"
             if not out.exists():
                 out.parent.mkdir(parents=True, exist_ok=True)
                 distill([rollouts], out, config, first=settings.successes, seed=settings.seed)
@@ -546,22 +556,37 @@ def reinforcement(suite: Suite) -> None:
     """Learn online where FRS works (from its successes), and where it hardly does (from one)."""
     settings = suite.settings
     for task in suite.working()[: settings.works]:
-        alone = suite.data / "alone" / slug(task)
-        record(task, "base", alone, episodes=settings.successes, policy=suite.policy, every_step=False)
+        alone = _alone(suite, task)
         _learn(suite, "works", task, "residual", "residual", online_preset("residual", "small"), alone)
         _learn(suite, "works", task, "DSRL", "dsrl", _plain_dsrl())
         steered = steered_successes(suite, task, settings.successes)
         if steered is not None:
             _learn(suite, "works", task, "DSRL + FRS", "dsrl", online_preset("dsrl", "small"), steered)
     for task in suite.hardest():
-        alone = suite.data / "alone" / slug(task)
-        record(task, "base", alone, episodes=settings.successes, policy=suite.policy, every_step=False)
+        alone = _alone(suite, task)
         _learn(suite, "hard", task, "residual", "residual", online_preset("residual", "small"), alone)
         _learn(suite, "hard", task, "DSRL", "dsrl", _plain_dsrl())
         one = steered_successes(suite, task, 1, "one")
         if one is not None:
             preset = online_preset("dsrl", "small")
             _learn(suite, "hard", task, "DSRL + FRS", "dsrl", preset, one, successes_only=True, first=1)
+
+
+def _alone(suite: Suite, task: str) -> Path:
+    """Return the folder of as many rollouts of the generalist alone, denoised in as many steps as the learning's."""
+    steps = suite.chosen()["frs"]
+    out = suite.data / "alone" / f"{slug(task)}-{steps}"
+    record(
+        task,
+        "base",
+        out,
+        episodes=suite.settings.successes,
+        seed=suite.settings.seed,
+        settings=MethodSettings(steps=steps),
+        policy=suite.policy,
+        every_step=False,
+    )
+    return out
 
 
 def _plain_dsrl() -> tuple[Config, OnlineRun]:
@@ -584,7 +609,7 @@ def _learn(
     """Train what is missing and keep its curves."""
     settings = suite.settings
     name = f"{slug(task)}-{label.lower().replace(' + ', '-')}"
-    asked = {"policy": suite.fingerprint, "decisions": settings.decisions, "seeds": list(settings.learning_seeds)}
+    asked = suite.asked_of_learning()
     known = suite.read(f"rl/{name}")
     if known is not None and known["asked"] == asked:
         return
@@ -593,7 +618,13 @@ def _learn(
     if not isinstance(config, RFSConfig):
         config = replace(config, warmup=min(config.warmup, every))
     run = replace(
-        run, decisions=settings.decisions, episodes=settings.episodes, evaluate_every=every, capacity=20_000, **changes
+        run,
+        decisions=settings.decisions,
+        episodes=settings.episodes,
+        evaluate_every=every,
+        capacity=20_000,
+        steps=suite.chosen()["frs"],  # a noise is the same action in as many steps only
+        **changes,
     )
     suite.log(f"rl: {task}, {label}")
 
@@ -601,7 +632,7 @@ def _learn(
         if progress.decision % every == 0:
             suite.log(f"  {progress.decision}: training {progress.recent}, evaluation {progress.success}")
 
-    out = suite.folder / "runs" / f"rl-{suite.fingerprint[:16]}-{settings.decisions}" / name
+    out = suite.folder / "runs" / f"rl-{suite.fingerprint[:16]}-{run.steps}-{settings.decisions}" / name
     train_online(
         algorithm,
         task,
