@@ -24,7 +24,7 @@ SETTINGS = SuiteSettings(
     family="libero",
     demonstrations=20,
     architecture=GeneralistConfig(width=128, encoder_depth=2, depth=3),
-    learning=replace(TRAINING, steps=25_000),
+    learning=replace(TRAINING, steps=20_000),
 )
 DIFFERS = Differs(
     generalist="an object-centric transformer of two million parameters, trained here on scripted demonstrations",

@@ -108,14 +108,14 @@ class SuiteSettings:
     demonstrations: int = 50
     noise: float = 0.1
     architecture: GeneralistConfig = field(default_factory=lambda: GeneralistConfig(width=96, encoder_depth=2, depth=3))
-    learning: BCConfig = field(default_factory=lambda: replace(TRAINING, steps=30_000))
+    learning: BCConfig = field(default_factory=lambda: replace(TRAINING, steps=25_000))
     low: float = 0.1
     regime: float = 0.4
     choosing_tasks: int = 6
     choosing_episodes: int = 10
     reversals: tuple[int, ...] = (5, 3, 10, 20)
     taus: tuple[float, ...] = (0.5, 0.3, 0.7, 0.9)
-    candidates: tuple[int, ...] = (16, 4, 64)
+    candidates: tuple[int, ...] = (16, 4, 8)
     distilled: int = 15
     successes: int = 18
     works: int = 6
