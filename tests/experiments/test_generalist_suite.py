@@ -41,12 +41,17 @@ LABELS = {"frs": reversal(10).label, "partial": partial(0.5).label, "rank": rank
 DIFFERS = Differs("a small one", "a state", "a script")
 
 
+def steer_of(label: str) -> str:
+    """Return the method of a label."""
+    return label if label in ("base", "bc", "dsbc", "direct") else "frs"
+
+
 def measured(suite: Suite, stage: str, successes: dict[str, dict[str, int]], policy: str = "ours") -> None:
     """Write what a stage would have measured: task -> label -> successes of 20."""
     for task, labels in successes.items():
         results: list[dict[str, Any]] = [
-            {"label": label, "env": task, "steer": "base", "episodes": 20, "seed": 0, "policy": policy,
-             "asked": {"method": {}, "reasoner": {}}, "successes": count}
+            {"label": label, "env": task, "steer": steer_of(label), "episodes": 20, "seed": 0, "policy": policy,
+             "asked": {"method": {}, "reasoner": suite.asked_by(steer_of(label)).to_json()}, "successes": count}
             for label, count in labels.items()
         ]  # fmt: skip
         write_json(suite.results / stage / f"{slug(task)}.json", {"results": results})
@@ -67,7 +72,13 @@ def steered(suite: Suite) -> Suite:
     """And steered: FRS works at two of the three tasks in the table."""
     write_json(
         suite.results / "chosen.json",
-        {"policy": "ours", "tasks": list(TRAIN[:2]), "settings": {"frs": 10, "partial": 0.5, "rank": 4}, "means": {}},
+        {
+            "policy": "ours",
+            "reasoner": suite.reasoner.to_json(),
+            "tasks": list(TRAIN[:2]),
+            "settings": {"frs": 10, "partial": 0.5, "rank": 4},
+            "means": {},
+        },
     )
     rows = {
         "door-close": (1, 2, 3, 3, 14),
@@ -110,6 +121,18 @@ def test_another_policys_results_are_not_taken(suite: Suite) -> None:
         suite.choosing()
 
 
+def test_results_of_other_references_are_not_taken(steered: Suite) -> None:
+    other = Suite(replace(SETTINGS, gripper="hold"), steered.folder)
+    assert (other.reasoner.gripper, other.reasoner.to_json()["gripper"]) == ("hold", "hold")
+    assert "gripper" not in steered.reasoner.to_json()  # recordings made before it was known go on
+    assert steered.rates("zero_shot")
+    assert list(other.rates("zero_shot")) == ["base"]  # which asks nobody
+    assert other.base_rates() == steered.base_rates()
+    with pytest.raises(DatasetError, match="'choose'"):
+        other.chosen()
+    assert other.data != steered.data
+
+
 def test_where_steering_works_decides_on_what_is_learned(steered: Suite) -> None:
     assert steered.working() == [HELD[0], HELD[2]]  # the greatest gain first; exactly ten points count
     assert steered.hardest() == [HELD[1]]
@@ -121,7 +144,11 @@ def test_where_steering_works_decides_on_what_is_learned(steered: Suite) -> None
 def test_settings_chosen_for_another_policy_are_not_taken(suite: Suite) -> None:
     with pytest.raises(DatasetError, match="'choose'"):
         suite.contenders()
-    write_json(suite.results / "chosen.json", {"policy": "another", "settings": {"frs": 5, "partial": 0.5, "rank": 4}})
+    said = suite.reasoner.to_json()
+    write_json(
+        suite.results / "chosen.json",
+        {"policy": "another", "reasoner": said, "settings": {"frs": 5, "partial": 0.5, "rank": 4}},
+    )
     with pytest.raises(DatasetError, match="'choose'"):
         suite.contenders()
 
@@ -131,7 +158,13 @@ def test_tables(steered: Suite) -> None:
     measured(steered, "distillation", {HELD[0]: counts, HELD[2]: counts})
     for label, rate in (("DSRL", 0.25), ("DSRL + FRS", 0.75), ("residual", 0.5)):
         curves = {"0": [{"decisions": 30, "success_rate": rate, "episodes": 20}]}
-        asked = {"policy": "ours", "steps": 10, "decisions": SETTINGS.decisions, "seeds": [0]}
+        asked = {
+            "policy": "ours",
+            "reasoner": steered.reasoner.to_json(),
+            "steps": 10,
+            "decisions": SETTINGS.decisions,
+            "seeds": [0],
+        }
         content = {"asked": asked, "kind": "works", "task": HELD[0], "label": label, "curves": curves}
         write_json(steered.results / "rl" / f"{label}.json", content)
     document = steered.folder / "README.md"

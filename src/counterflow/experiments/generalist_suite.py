@@ -57,8 +57,9 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 KINDS = ("held-out-goals", "held-out-pairs", "held-out-scenes")
 SEEDS: dict[str, int] = {"zero_shot": 0, "base": 1, "choose": 1, "distillation": 2, "guidance": 3}
 """What is added to the seed: no table is made of the episodes by which its tasks were chosen."""
-GAIN = 0.1
+GAIN = 0.1 - 1e-9
 """Ten points more than the base: what counts as a task where a method works."""
+REFERRING = ("direct", "partial", "rank", "frs")
 DSBC = DSBCConfig()
 BC = replace(DSBC, regressor=RegressorConfig(target="action", bound=None))
 SPEED_CHUNKS = 40
@@ -74,6 +75,8 @@ class SuiteSettings:
         tasks: leave all other tasks out (for a trial); empty: all of the split.
         policy: another policy than the one that is trained here: a checkpoint or run folder.
         convention: how directions are written into references, "ogbench" or "paper".
+        gripper: what references say of the gripper: what the reasoner does ("said"), or as in the paper nothing ("hold").
+        reasoner_error, reasoner_delay: how often the reasoner is wrong, and how many chunks late it is.
         seed: what everything descends from.
         episodes: for each method on each task.
         expert_episodes: for each task's expert.
@@ -102,6 +105,9 @@ class SuiteSettings:
     tasks: tuple[str, ...] = ()
     policy: str | None = None
     convention: str = "ogbench"
+    gripper: Literal["said", "hold", "policy"] = "said"
+    reasoner_error: float = 0.0
+    reasoner_delay: int = 0
     seed: int = 0
     episodes: int = 20
     expert_episodes: int = 10
@@ -173,6 +179,17 @@ class Suite:
         """The generalist: the one that was given, or the run in this folder."""
         return self.settings.policy or str(self.folder / "runs" / "generalist")
 
+    @property
+    def reasoner(self) -> ReasonerSettings:
+        """Who gives the references, and how they are written."""
+        settings = self.settings
+        said = settings.reasoner_error, settings.reasoner_delay, settings.convention
+        return ReasonerSettings(*said, gripper=settings.gripper)
+
+    def asked_by(self, method: str) -> ReasonerSettings:
+        """Return whom a method asks; of one that asks nobody, nothing that its results could depend on."""
+        return self.reasoner if method in REFERRING else ReasonerSettings()
+
     @cached_property
     def fingerprint(self) -> str:
         """Which policy it is; of one that is not there any more, what the results say."""
@@ -186,8 +203,13 @@ class Suite:
 
     @property
     def data(self) -> Path:
-        """Where recordings of this policy, and what was learned from them, go: those of another one are not taken for it."""
-        return self.folder / "data" / self.fingerprint[:16]
+        """Where recordings of this policy and reasoner go, and what was learned from them: others are not taken for them."""
+        said = self.reasoner
+        return (
+            self.folder
+            / "data"
+            / f"{self.fingerprint[:16]}-{said.convention}-{said.gripper}-{said.error:g}-{said.delay}"
+        )
 
     def read(self, name: str) -> Any:
         """Return what results/<name>.json holds, or None."""
@@ -202,17 +224,18 @@ class Suite:
                 result
                 for path in sorted((self.results / stage).glob("*.json"))
                 for result in read_results(path)
-                if result["policy"] == self.fingerprint and result["env"] in tasks
+                if (result["policy"], result["asked"]["reasoner"])
+                == (self.fingerprint, self.asked_by(result["steer"]).to_json())
+                and result["env"] in tasks
             ]
         ).rates
 
     def evaluate(self, stage: str, task: str, contenders: Sequence[Contender], episodes: int | None = None) -> None:
         """Evaluate on one task what is missing."""
         settings = self.settings
-        reasoner = ReasonerSettings(convention=settings.convention)
         compare(
             [task],
-            [replace(one, reasoner=reasoner) for one in contenders],
+            [replace(one, reasoner=self.asked_by(one.method)) for one in contenders],
             settings.episodes if episodes is None else episodes,
             settings.seed + SEEDS[stage],
             policy=self.policy,
@@ -258,8 +281,10 @@ class Suite:
             DatasetError: they were not chosen yet, or for another policy.
         """
         found = self.read("chosen")
-        if found is None or found["policy"] != self.fingerprint:
-            raise DatasetError(f"{self.results} holds no K, tau and n for this policy. Run the stage 'choose' first.")
+        if found is None or (found["policy"], found["reasoner"]) != (self.fingerprint, self.reasoner.to_json()):
+            raise DatasetError(
+                f"{self.results} holds no K, tau and n for this policy and reasoner. Run the stage 'choose' first."
+            )
         return dict(found["settings"])
 
     def contenders(self) -> dict[str, Contender]:
@@ -299,6 +324,7 @@ class Suite:
         settings = self.settings
         return {
             "policy": self.fingerprint,
+            "reasoner": self.reasoner.to_json(),
             "steps": self.chosen()["frs"],
             "decisions": settings.decisions,
             "seeds": list(settings.learning_seeds),
@@ -497,6 +523,7 @@ def choose(suite: Suite) -> None:
         suite.results / "chosen.json",
         {
             "policy": suite.fingerprint,
+            "reasoner": suite.reasoner.to_json(),
             "tasks": tasks,
             "settings": {method: max(found, key=lambda value: found[value].rate) for method, found in means.items()},
             "means": {
@@ -524,7 +551,7 @@ def steered_successes(suite: Suite, task: str, successes: int, folder: str = "st
             successes=successes,
             seed=suite.settings.seed,
             settings=suite.contenders()["frs"].settings,
-            reasoner=ReasonerSettings(convention=suite.settings.convention),
+            reasoner=suite.reasoner,
             policy=suite.policy,
             max_episodes=MOST_TRIES if successes == 1 else 20 * successes,
         )
@@ -632,7 +659,7 @@ def _learn(
         if progress.decision % every == 0:
             suite.log(f"  {progress.decision}: training {progress.recent}, evaluation {progress.success}")
 
-    out = suite.folder / "runs" / f"rl-{suite.fingerprint[:16]}-{run.steps}-{settings.decisions}" / name
+    out = suite.data / "rl" / f"{name}-{run.steps}-{settings.decisions}"
     train_online(
         algorithm,
         task,
