@@ -83,7 +83,7 @@ def steered(suite: Suite) -> Suite:
     rows = {
         "door-close": (1, 2, 3, 3, 14),
         "window-close": (0, 0, 1, 2, 1),
-        "push-back": (7, 6, 8, 7, 9),
+        "push-back": (4, 3, 5, 4, 6),
     }
     labels = ("base", "direct", LABELS["partial"], LABELS["rank"], LABELS["frs"])
     measured(
@@ -180,7 +180,7 @@ def test_tables(steered: Suite) -> None:
     assert "| **mean of 2** | **5 (" in tables["distillation"]
     assert "DSBC minus BC: +45.0" in tables["distillation"]
     assert "| where FRS works | door-close-v3 | 50 (30-70) | 25 (11-47) | 75 (53-89) |" in tables["rl"]
-    assert "| FRS, mean | 13.2 | 40 (" in tables["paper"]
+    assert "| FRS, mean | 13.2 | 35 (" in tables["paper"]
     assert "| FRS, tasks failed by the base that gain 10 points or more | 11 of 42 | 1 of 2 |" in tables["paper"]
     assert "| train | 4 | 55 (" in tables["generalist"]
     assert (steered.folder / "zero-shot.png").exists()
