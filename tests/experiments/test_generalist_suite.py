@@ -43,7 +43,7 @@ DIFFERS = Differs("a small one", "a state", "a script")
 
 def steer_of(label: str) -> str:
     """Return the method of a label."""
-    return label if label in ("base", "bc", "dsbc", "direct") else "frs"
+    return label if label in ("base", "bc", "dsbc", "direct", "guided") else "frs"
 
 
 def measured(suite: Suite, stage: str, successes: dict[str, dict[str, int]], policy: str = "ours") -> None:
@@ -184,6 +184,20 @@ def test_tables(steered: Suite) -> None:
     assert "| FRS, tasks failed by the base that gain 10 points or more | 11 of 42 | 1 of 2 |" in tables["paper"]
     assert "| train | 4 | 55 (" in tables["generalist"]
     assert (steered.folder / "zero-shot.png").exists()
+
+
+def test_a_task_that_is_still_being_measured_is_left_out(steered: Suite) -> None:
+    measured(steered, "distillation", {HELD[0]: {"base": 1, "bc": 5, "dsbc": 14}})  # FRS comes last
+    tables = write_report(steered, steered.folder / "README.md", "x.py", DIFFERS)
+    assert tables["distillation"] == "Not measured yet."
+    assert "distilled" not in tables["paper"]
+    write_json(steered.results / "critic.json", {"policy": "another", "episodes": 9, "successes": 3})
+    write_json(steered.results / "guidance-tasks.json", {"policy": "ours", "seen": [HELD[0]], "unseen": []})
+    measured(steered, "guidance", {HELD[0]: {"base": 1, "guided": 2}})
+    assert write_report(steered, steered.folder / "README.md", "x.py", DIFFERS)["guidance"] == "Not measured yet."
+    write_json(steered.results / "critic.json", {"policy": "ours", "episodes": 9, "successes": 3})
+    guided = write_report(steered, steered.folder / "README.md", "x.py", DIFFERS)["guidance"]
+    assert "| has seen it | guided minus base, points | | +5.0" in guided
 
 
 def test_what_was_not_run_is_said(tmp_path: Path) -> None:

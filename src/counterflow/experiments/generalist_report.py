@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,7 @@ def report_zero_shot(suite: Suite) -> str:
     """Return the zero-shot table with the counts of gains, and draw its figure."""
     labels = {name: contender.label for name, contender in suite.contenders().items()}
     rates = suite.rates("zero_shot")
-    done = [task for task in suite.steered() if all(task in rates.get(label, {}) for label in labels.values())]
+    done = _complete(suite.steered(), rates, labels.values())
     if not done:
         return NOT_YET
     failed = [task for task in suite.failed() if task in done]
@@ -214,11 +214,7 @@ def report_distillation(suite: Suite) -> str:
     """Return the distillation table and draw its figure."""
     labels = {"base": "base", "bc": "bc", "dsbc": "dsbc", "frs": suite.contenders()["frs"].label}
     rates = suite.rates("distillation")
-    done = [
-        task
-        for task in suite.working()[: suite.settings.distilled]
-        if all(task in rates.get(label, {}) for label in labels.values())
-    ]
+    done = _complete(suite.working()[: suite.settings.distilled], rates, labels.values())
     if not done:
         return NOT_YET
     lines = ["| task | base | BC | DSBC | FRS |", "| --- |" + " ---: |" * len(labels)]
@@ -288,12 +284,12 @@ def curve(content: Mapping[str, Any]) -> dict[float, SuccessRate]:
 def report_guidance(suite: Suite) -> str:
     """Return the guidance table: tasks whose rollouts the critic has seen, and others."""
     about, tasks = suite.read("critic"), suite.read("guidance-tasks")
-    if about is None or tasks is None or suite.fingerprint not in (about["policy"], tasks["policy"]):
+    if about is None or tasks is None or {about["policy"], tasks["policy"]} != {suite.fingerprint}:
         return NOT_YET
     rates = suite.rates("guidance")
     lines = ["| critic | task | base | guided |", "| --- | --- | ---: | ---: |"]
     for kind, title in (("seen", "has seen it"), ("unseen", "has not seen it")):
-        done = [task for task in tasks[kind] if task in rates.get("guided", {})]
+        done = _complete(tasks[kind], rates, ("base", "guided"))
         lines += [
             f"| {title} | {short(task)} | {cell(rates['base'][task])} | {cell(rates['guided'][task])} |"
             for task in done
@@ -315,7 +311,7 @@ def report_paper(suite: Suite, differs: Differs) -> str:
     """Return the side-by-side table of the FRS paper and what was measured here."""
     labels = {name: contender.label for name, contender in suite.contenders().items()}
     rates = suite.rates("zero_shot")
-    done = [task for task in suite.steered() if all(task in rates.get(label, {}) for label in labels.values())]
+    done = _complete(suite.steered(), rates, labels.values())
     if not done:
         return NOT_YET
     failed = [task for task in suite.failed() if task in done]
@@ -334,7 +330,7 @@ def report_paper(suite: Suite, differs: Differs) -> str:
         rows.append((f"{NAMES[name]}, tasks failed by the base that gain 10 points or more", f"{count} of 42", here))
     rows.append(("the base fails a task", "success of 2% or less", f"success of {settings.low:.0%} or less"))
     distilled = suite.rates("distillation")
-    steered = [task for task in suite.working()[: settings.distilled] if task in distilled.get("dsbc", {})]
+    steered = _complete(suite.working()[: settings.distilled], distilled, ("bc", "dsbc", labels["frs"]))
     if steered:
         for name, label, paper in (("BC", "bc", 28), ("DSBC", "dsbc", 36), ("FRS", labels["frs"], 37)):
             here = f"{cell(_mean(distilled[label], steered))}, {len(steered)} tasks"
@@ -370,6 +366,12 @@ def cell(rate: SuccessRate | MeanRate) -> str:
 def short(task: str) -> str:
     """Return a task's name without its benchmark."""
     return task.split("/", 1)[1]
+
+
+def _complete(tasks: Sequence[str], rates: Mapping[str, Rates], labels: Iterable[str]) -> list[str]:
+    """Return the tasks on which everything that has one of these labels was measured."""
+    labels = list(labels)
+    return [task for task in tasks if all(task in rates.get(label, {}) for label in labels)]
 
 
 def _mean(rates: Rates, tasks: Sequence[str]) -> MeanRate:
