@@ -43,6 +43,8 @@ class Reasoning:
     """How a direction becomes a reference chunk."""
     magnitude: float | None = None
     """Length of the reference's motion; default: the convention's."""
+    gripper: Literal["said", "hold", "policy"] = "said"
+    """What a reference says of the gripper: what the reasoner does; hold: never a command (FRS paper); policy: nothing."""
     asking: Annotated[Asking, tyro.conf.arg(name="")] = field(default_factory=Asking)
 
     def settings(self, run: Path | None = None) -> ReasonerSettings:
@@ -51,7 +53,8 @@ class Reasoning:
 
         vlm = self.asking.asked(needed=True) if self.reasoner == "vlm" else None
         folder = None if vlm is None else self.asking.folder(run)
-        return ReasonerSettings(self.reasoner_error, self.reasoner_delay, self.convention, self.magnitude, vlm, folder)
+        said = self.reasoner_error, self.reasoner_delay, self.convention, self.magnitude
+        return ReasonerSettings(*said, vlm, folder, self.gripper)
 
 
 @dataclass(frozen=True)

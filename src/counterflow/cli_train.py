@@ -15,6 +15,7 @@ from counterflow.errors import InvalidInputError
 from counterflow.experiments.corrections import read_corrections_settings
 from counterflow.experiments.critic import train_critic
 from counterflow.experiments.distill import Windows, distill
+from counterflow.experiments.evaluate import SHIPPED_PRIORS
 from counterflow.experiments.generalist import TRAINING, read_generalist_settings, train_generalist
 from counterflow.experiments.offline import read_offline_settings
 from counterflow.experiments.offline_data import find_data
@@ -203,7 +204,8 @@ class Distill:
         console.print(
             f"{made['examples']:,} examples of {made['episodes']} episodes, {made['updates']} updates\n"
             f"  {weights_path(self.out)}\n"
-            f"next: counterflow eval {self.env or 'TASK'} --steer {steer} --noise-policy {weights_path(self.out)}",
+            f"next: counterflow eval {self.env or 'TASK'} --steer {steer} --noise-policy {weights_path(self.out)}"
+            f"{_whose(regressor.binding.family)}",
             soft_wrap=True,  # a command to copy stays in one line
         )
 
@@ -247,7 +249,8 @@ class Critic:
             )
         console.print(
             f"  {weights_path(self.out)}\n"
-            f"next: counterflow eval {self.env or 'TASK'} --steer qgf --critic {weights_path(self.out)}",
+            f"next: counterflow eval {self.env or 'TASK'} --steer qgf --critic {weights_path(self.out)}"
+            f"{_whose(critic.binding.family)}",
             soft_wrap=True,  # a command to copy stays in one line
         )
 
@@ -284,6 +287,11 @@ def _train_generalist(
 
         trained = train_generalist(data, tasks, out, architecture, config, seed=seed, device=device, on_progress=show)
     _say_trained(console, trained)
+
+
+def _whose(family: str) -> str:
+    """Return what a command must be told of the frozen policy, where no prior is shipped for its family."""
+    return "" if family in SHIPPED_PRIORS else " --policy ITS-POLICY"
 
 
 def _train(console: Console, data: Path, env: str, out: Path, config: BCConfig, seed: int, device: str) -> None:

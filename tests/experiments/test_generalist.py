@@ -92,6 +92,13 @@ def test_an_interrupted_run_ends_with_the_same_policy(data: Path, tmp_path: Path
     assert result.queries > 10
 
 
+def test_without_a_prior_the_way_to_one_is_said() -> None:
+    with pytest.raises(
+        MismatchError, match="'counterflow demonstrate metaworld/train' and 'counterflow train generalist'"
+    ):
+        load_prior(TASKS[0])
+
+
 def test_what_cannot_be_trained_on_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="counterflow demonstrate metaworld/reach-v3"):
         load_tasks(data, ["metaworld/reach-v3"])

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from counterflow.errors import InvalidInputError
-from counterflow.reasoners import Direction, UnreliableReasoner, View
+from counterflow.errors import InvalidInputError, UnknownNameError
+from counterflow.reasoners import Direction, OverruledGripper, UnreliableReasoner, View
 
 
 class Always:
@@ -62,3 +62,15 @@ def test_late_means_deferring_and_then_saying_what_was_said_before() -> None:
 def test_bad_input(arguments: tuple[Any, ...]) -> None:
     with pytest.raises(InvalidInputError, match="expected"):
         UnreliableReasoner(Always(), *arguments)
+
+
+def test_the_gripper_is_overruled_and_nothing_else() -> None:
+    plain = Always()
+    plain.reset(0)
+    overruled = OverruledGripper(Always(), "hold")
+    overruled.reset(0)
+    for _ in range(3):
+        said, heard = plain.decide({}), overruled.decide({})
+        assert (heard.axes, heard.amount, heard.gripper) == (said.axes, said.amount, "hold")
+    with pytest.raises(UnknownNameError, match="gripper command"):
+        OverruledGripper(Always(), "shut")  # type: ignore[arg-type]

@@ -8,20 +8,27 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 import counterflow
-from counterflow.envs import RenderSettings, VectorEnv, check_env_name, describe, family_of, make_env
+from counterflow.envs import RenderSettings, VectorEnv, check_env_name, describe, family_of, groups, make_env
 from counterflow.errors import InvalidInputError, MismatchError
 from counterflow.experiments.rollout import Episode, MakeReasoner, run_episodes
 from counterflow.experiments.statistics import SuccessRate
 from counterflow.experiments.weight import task_of, weigh
 from counterflow.policies import BasePolicy, GeneralistPolicy, load
 from counterflow.random import check_seed, child_seed
-from counterflow.reasoners import CONVENTIONS, Convention, Reasoner, UnreliableReasoner, scripted_reasoner
+from counterflow.reasoners import (
+    CONVENTIONS,
+    Convention,
+    OverruledGripper,
+    Reasoner,
+    UnreliableReasoner,
+    scripted_reasoner,
+)
 from counterflow.reasoners.vlm import VLMClient, VLMReasoner, VLMSettings
 from counterflow.steering import (
     AnchorsCritic,
@@ -70,6 +77,7 @@ class ReasonerSettings:
         magnitude: overrides the convention's magnitude.
         vlm: a vision-language model that is asked instead of the script; None: the script.
         vlm_folder: where its queries are noted, and answers kept; None: nowhere.
+        gripper: "said" as the reasoner says it; "hold" (the paper's reference) or "policy": whatever it says.
     """
 
     error: float = 0.0
@@ -78,6 +86,7 @@ class ReasonerSettings:
     magnitude: float | None = None
     vlm: VLMSettings | None = None
     vlm_folder: Path | None = None
+    gripper: Literal["said", "hold", "policy"] = "said"
 
     @property
     def render(self) -> RenderSettings | None:
@@ -88,6 +97,7 @@ class ReasonerSettings:
         """Return what determines the references, as plain values."""
         content: dict[str, Any] = {name: getattr(self, name) for name in ("error", "delay", "convention", "magnitude")}
         # Left out where there is none, so that recordings made before it was known go on.
+        content |= {} if self.gripper == "said" else {"gripper": self.gripper}
         return content | ({} if self.vlm is None else {"vlm": self.vlm.to_json()})
 
     def maker(self, env: str) -> MakeReasoner:
@@ -97,6 +107,8 @@ class ReasonerSettings:
 
         def make() -> Reasoner:
             reasoner: Reasoner = scripted_reasoner(env) if client is None else VLMReasoner(client, task)
+            if self.gripper != "said":
+                reasoner = OverruledGripper(reasoner, self.gripper)
             return UnreliableReasoner(reasoner, self.error, self.delay) if self.error or self.delay else reasoner
 
         make()  # settings out of range are refused here, not in the middle of a run
@@ -195,9 +207,14 @@ def load_prior(env: str, policy: str | None = None, device: str = "cpu") -> Base
         return adapted(load(policy, device), env)
     family = family_of(env)
     if family not in SHIPPED_PRIORS:
+        make = (
+            f"'counterflow demonstrate {family}/train' and 'counterflow train generalist'"
+            if f"{family}/train" in groups()
+            else f"'counterflow collect {family}' and 'counterflow train bc'"
+        )
         raise MismatchError(
-            f"no prior is shipped for {family} (there are priors for {', '.join(SHIPPED_PRIORS)}). Make one: "
-            f"'counterflow collect {family}' and 'counterflow train bc', then pass it with --policy."
+            f"no prior is shipped for {family} (there are priors for {', '.join(SHIPPED_PRIORS)}). Make one: {make}, then pass "
+            "it with --policy."
         )
     shipped: BasePolicy = load(SHIPPED_PRIORS[family], device)
     return shipped

@@ -19,7 +19,7 @@ from counterflow.reasoners.libero_expert import LiberoExpert, LiberoReasoner
 from counterflow.reasoners.metaworld import MetaWorldExpert, MetaWorldReasoner
 from counterflow.reasoners.puzzle import PuzzleReasoner, solve_lights_out
 from counterflow.reasoners.scene import SceneReasoner
-from counterflow.reasoners.unreliable import UnreliableReasoner
+from counterflow.reasoners.unreliable import OverruledGripper, UnreliableReasoner
 
 SCRIPTED: dict[str, Callable[[], Reasoner]] = {
     "ogbench/cube": CubeReasoner,
@@ -63,6 +63,7 @@ __all__ = [
     "MetaWorldExpert",
     "MetaWorldReasoner",
     "OracleExpert",
+    "OverruledGripper",
     "PuzzleReasoner",
     "Reasoner",
     "SceneReasoner",

@@ -1,15 +1,16 @@
-"""A reasoner made worse on purpose: wrong now and then, or late. For studying robustness."""
+"""A reasoner that says less on purpose: wrong now and then, late, or nothing of the gripper. For studying robustness."""
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 
-from counterflow.errors import InvalidInputError
+from counterflow.errors import InvalidInputError, UnknownNameError
 from counterflow.random import child_seed
-from counterflow.reasoners.direction import Direction, Reasoner, View
+from counterflow.reasoners.direction import Direction, GripperCommand, Reasoner, View
 
 SINGLE_AXES = ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1))
 
@@ -52,3 +53,32 @@ class UnreliableReasoner:
             return direction
         wrong = [axes for axes in SINGLE_AXES if axes != direction.axes]
         return replace(direction, axes=wrong[int(choice * len(wrong))])
+
+
+class OverruledGripper:
+    """Wraps a reasoner: whatever it says of the gripper, `command` is said instead.
+
+    "hold" is the FRS paper's reference (arXiv 2606.13675): raw zero in the gripper's dimension, of which a reversal leaves what
+    the policy makes of it, and direct execution nothing that grasps. "policy" draws its noise afresh.
+
+    Args:
+        reasoner: the one to overrule.
+        command: what is said of the gripper.
+
+    Raises:
+        UnknownNameError: no such command.
+    """
+
+    def __init__(self, reasoner: Reasoner, command: GripperCommand) -> None:
+        if command not in get_args(GripperCommand):
+            raise UnknownNameError("gripper command", str(command), get_args(GripperCommand))
+        self._reasoner, self._command = reasoner, command
+        self.looks = bool(getattr(reasoner, "looks", False))
+
+    def reset(self, seed: int) -> None:
+        """Begin a new episode."""
+        self._reasoner.reset(seed)
+
+    def decide(self, view: View) -> Direction:
+        """Say what the wrapped reasoner says of the direction."""
+        return replace(self._reasoner.decide(view), gripper=self._command)

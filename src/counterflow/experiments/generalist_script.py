@@ -1,0 +1,46 @@
+"""What the scripts benchmarks/metaworld/run.py and benchmarks/libero/run.py share: options, the chain, the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from counterflow.experiments.generalist_report import Differs, write_report
+from counterflow.experiments.generalist_suite import STAGES, Stage, Suite, SuiteSettings, run_suite
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Options of the scripts."""
+
+    stages: tuple[Stage, ...] = STAGES
+    """Which to run; each does what is missing."""
+    only_report: bool = False
+    """Write tables and figures from the results that are there."""
+    out: Path = Path()
+    """The folder of README.md, results/, data/ and runs/."""
+    settings: Annotated[SuiteSettings, tyro.conf.arg(name="")] = field(default_factory=SuiteSettings)
+    """What the chain does."""
+
+
+def script(folder: Path, settings: SuiteSettings, description: str, differs: Differs) -> None:
+    """Parse the command line, run what is missing, and write the report.
+
+    Args:
+        folder: the script's own, where everything goes unless another is named.
+        settings: the defaults.
+        description: of the script, for --help.
+        differs: from the paper, for the side-by-side table.
+    """
+    arguments = tyro.cli(Arguments, default=Arguments(out=folder, settings=settings), description=description)
+    console = Console(log_path=False)
+    suite = Suite(arguments.settings, arguments.out, lambda line: console.log(line, highlight=False))
+    if not arguments.only_report:
+        run_suite(suite, arguments.stages)
+    tables = write_report(suite, arguments.out / "README.md", f"benchmarks/{folder.name}/run.py", differs)
+    for name, table in tables.items():
+        console.print(f"\n{name}\n{table}", markup=False, highlight=False, soft_wrap=True)

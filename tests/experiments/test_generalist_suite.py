@@ -1,0 +1,249 @@
+"""The chain of stages: which tasks each takes, what is kept for whom, the tables, and a small chain from experts to a table."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from counterflow.errors import DatasetError, InvalidInputError, MismatchError, UnknownNameError
+from counterflow.experiments.generalist import TRAINING
+from counterflow.experiments.generalist_report import Differs, write_report
+from counterflow.experiments.generalist_suite import (
+    SEEDS,
+    STAGES,
+    Suite,
+    SuiteSettings,
+    partial,
+    rank,
+    reversal,
+    run_suite,
+    slug,
+)
+from counterflow.files import write_json
+from counterflow.policies import GeneralistConfig
+
+TRAIN = tuple(f"metaworld/{name}-v3" for name in ("drawer-open", "push", "reach", "window-open"))
+HELD = tuple(f"metaworld/{name}-v3" for name in ("door-close", "window-close", "push-back", "lever-pull"))
+SETTINGS = SuiteSettings(
+    tasks=(*TRAIN, *HELD),
+    episodes=20,
+    choosing_tasks=2,
+    hard=1,
+    guided=2,
+    reversals=(5, 10),
+    taus=(0.5,),
+    candidates=(4,),
+)
+LABELS = {"frs": reversal(10).label, "partial": partial(0.5).label, "rank": rank(4).label}
+DIFFERS = Differs("a small one", "a state", "a script")
+
+
+def steer_of(label: str) -> str:
+    """Return the method of a label."""
+    return label if label in ("base", "bc", "dsbc", "direct", "guided") else "frs"
+
+
+def measured(suite: Suite, stage: str, successes: dict[str, dict[str, int]], policy: str = "ours") -> None:
+    """Write what a stage would have measured: task -> label -> successes of 20."""
+    for task, labels in successes.items():
+        results: list[dict[str, Any]] = [
+            {"label": label, "env": task, "steer": steer_of(label), "episodes": 20, "seed": 0, "policy": policy,
+             "asked": {"method": {}, "reasoner": suite.asked_by(steer_of(label)).to_json()}, "successes": count}
+            for label, count in labels.items()
+        ]  # fmt: skip
+        write_json(suite.results / stage / f"{slug(task)}.json", {"results": results})
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Suite:
+    """A suite whose generalist was measured on eight tasks."""
+    made = Suite(SETTINGS, tmp_path, lambda _: None)
+    write_json(made.results / "generalist.json", {"policy": "ours", "given": "elsewhere"})
+    counts = dict(zip((*TRAIN, *HELD), (12, 3, 20, 9, 2, 0, 8, 9), strict=True))
+    measured(made, "base", {task: {"base": count} for task, count in counts.items()})
+    return made
+
+
+@pytest.fixture
+def steered(suite: Suite) -> Suite:
+    """And steered: FRS works at two of the three tasks in the table."""
+    write_json(
+        suite.results / "chosen.json",
+        {
+            "policy": "ours",
+            "reasoner": suite.reasoner.to_json(),
+            "tasks": list(TRAIN[:2]),
+            "settings": {"frs": 10, "partial": 0.5, "rank": 4},
+            "means": {},
+        },
+    )
+    rows = {
+        "door-close": (1, 2, 3, 3, 14),
+        "window-close": (0, 0, 1, 2, 1),
+        "push-back": (4, 3, 5, 4, 6),
+    }
+    labels = ("base", "direct", LABELS["partial"], LABELS["rank"], LABELS["frs"])
+    measured(
+        suite,
+        "zero_shot",
+        {f"metaworld/{name}-v3": dict(zip(labels, counts, strict=True)) for name, counts in rows.items()},
+    )
+    return suite
+
+
+def test_the_split_is_the_committed_one(suite: Suite) -> None:
+    assert (tuple(suite.training), tuple(suite.tasks)) == (TRAIN, (*TRAIN, *HELD[:3], HELD[3]))
+    assert [suite.kind_of(task) for task in (TRAIN[0], HELD[0], HELD[2], HELD[3])] == [
+        "train", "held-out-goals", "held-out-pairs", "held-out-scenes",
+    ]  # fmt: skip
+
+
+def test_tasks_are_chosen_by_the_base(suite: Suite) -> None:
+    assert suite.choosing() == [TRAIN[1], TRAIN[3]]  # the lowest of the training tasks
+    assert suite.steered() == [HELD[1], HELD[0], HELD[2]]  # 40% or less, the lowest first; lever-pull has 45%
+    assert suite.failed() == [HELD[1], HELD[0]]
+    # The most even first, by turns: 9 and 9, 12 and 8 of 20, of both splits. Always and never say nothing.
+    assert suite.critics_tasks() == ([HELD[3], TRAIN[0]], [TRAIN[3], HELD[2]])
+
+
+def test_no_table_is_made_of_the_episodes_that_chose_its_tasks() -> None:
+    assert SEEDS["zero_shot"] != SEEDS["base"]
+    assert SEEDS["distillation"] not in (SEEDS["base"], SEEDS["zero_shot"])
+    assert SEEDS["guidance"] != SEEDS["base"]
+
+
+def test_another_policys_results_are_not_taken(suite: Suite) -> None:
+    measured(suite, "base", {TRAIN[2]: {"base": 1}}, policy="another")
+    with pytest.raises(DatasetError, match=r"not measured on 1 tasks .*reach-v3.*'base'"):
+        suite.choosing()
+
+
+def test_results_of_other_references_are_not_taken(steered: Suite) -> None:
+    other = Suite(replace(SETTINGS, gripper="hold"), steered.folder)
+    assert (other.reasoner.gripper, other.reasoner.to_json()["gripper"]) == ("hold", "hold")
+    assert "gripper" not in steered.reasoner.to_json()  # recordings made before it was known go on
+    assert steered.rates("zero_shot")
+    assert list(other.rates("zero_shot")) == ["base"]  # which asks nobody
+    assert other.base_rates() == steered.base_rates()
+    with pytest.raises(DatasetError, match="'choose'"):
+        other.chosen()
+    assert other.data != steered.data
+
+
+def test_where_steering_works_decides_on_what_is_learned(steered: Suite) -> None:
+    assert steered.working() == [HELD[0], HELD[2]]  # the greatest gain first; exactly ten points count
+    assert steered.hardest() == [HELD[1]]
+    measured(steered, "zero_shot", {HELD[0]: {"base": 1}})
+    with pytest.raises(DatasetError, match="door-close-v3 was not steered"):
+        steered.working()
+
+
+def test_settings_chosen_for_another_policy_are_not_taken(suite: Suite) -> None:
+    with pytest.raises(DatasetError, match="'choose'"):
+        suite.contenders()
+    said = suite.reasoner.to_json()
+    write_json(
+        suite.results / "chosen.json",
+        {"policy": "another", "reasoner": said, "settings": {"frs": 5, "partial": 0.5, "rank": 4}},
+    )
+    with pytest.raises(DatasetError, match="'choose'"):
+        suite.contenders()
+
+
+def test_tables(steered: Suite) -> None:
+    counts = {"base": 1, LABELS["frs"]: 15, "bc": 5, "dsbc": 14}
+    measured(steered, "distillation", {HELD[0]: counts, HELD[2]: counts})
+    for label, rate in (("DSRL", 0.25), ("DSRL + FRS", 0.75), ("residual", 0.5)):
+        curves = {"0": [{"decisions": 30, "success_rate": rate, "episodes": 20}]}
+        asked = {
+            "policy": "ours",
+            "reasoner": steered.reasoner.to_json(),
+            "steps": 10,
+            "decisions": SETTINGS.decisions,
+            "seeds": [0],
+        }
+        content = {"asked": asked, "kind": "works", "task": HELD[0], "label": label, "curves": curves}
+        write_json(steered.results / "rl" / f"{label}.json", content)
+    document = steered.folder / "README.md"
+    document.write_text("before\n<!-- zero_shot: written by x.py -->\nold\n<!-- /zero_shot -->\nafter\n")
+    tables = write_report(steered, document, "x.py", DIFFERS)
+    assert document.read_text() == (
+        f"before\n<!-- zero_shot: written by x.py -->\n{tables['zero_shot']}\n<!-- /zero_shot -->\nafter\n"
+    )
+    zero_shot = tables["zero_shot"].splitlines()
+    assert zero_shot[2].startswith("| window-close-v3 | held-out-goals | 0 (0-16) |")
+    assert "| tasks of the 2 that the base fails that gain 10 points or more | | 0 | 0 | 1 | 2 | 1 |" in zero_shot
+    assert "| tasks of all 3 that gain 10 points or more | | 0 | 0 | 1 | 2 | 2 |" in zero_shot
+    assert "| **mean of 2** | **5 (" in tables["distillation"]
+    assert "DSBC minus BC: +45.0" in tables["distillation"]
+    assert "| where FRS works | door-close-v3 | 50 (30-70) | 25 (11-47) | 75 (53-89) |" in tables["rl"]
+    assert "| FRS, mean | 13.2 | 35 (" in tables["paper"]
+    assert "| FRS, tasks failed by the base that gain 10 points or more | 11 of 42 | 1 of 2 |" in tables["paper"]
+    assert "| train | 4 | 55 (" in tables["generalist"]
+    assert (steered.folder / "zero-shot.png").exists()
+
+
+def test_a_task_that_is_still_being_measured_is_left_out(steered: Suite) -> None:
+    measured(steered, "distillation", {HELD[0]: {"base": 1, "bc": 5, "dsbc": 14}})  # FRS comes last
+    tables = write_report(steered, steered.folder / "README.md", "x.py", DIFFERS)
+    assert tables["distillation"] == "Not measured yet."
+    assert "distilled" not in tables["paper"]
+    write_json(steered.results / "critic.json", {"policy": "another", "episodes": 9, "successes": 3})
+    write_json(steered.results / "guidance-tasks.json", {"policy": "ours", "seen": [HELD[0]], "unseen": []})
+    measured(steered, "guidance", {HELD[0]: {"base": 1, "guided": 2}})
+    assert write_report(steered, steered.folder / "README.md", "x.py", DIFFERS)["guidance"] == "Not measured yet."
+    write_json(steered.results / "critic.json", {"policy": "ours", "episodes": 9, "successes": 3})
+    guided = write_report(steered, steered.folder / "README.md", "x.py", DIFFERS)["guidance"]
+    assert "| has seen it | guided minus base, points | | +5.0" in guided
+
+
+def test_what_was_not_run_is_said(tmp_path: Path) -> None:
+    tables = write_report(Suite(SETTINGS, tmp_path), tmp_path / "README.md", "x.py", DIFFERS)
+    assert {*tables.values()} == {"Not measured yet."}
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="libero"):
+        SuiteSettings(family="liberoo")
+    with pytest.raises(InvalidInputError, match="rollouts is 0"):
+        SuiteSettings(rollouts=0)
+    with pytest.raises(UnknownNameError, match="did you mean"):
+        run_suite(Suite(SETTINGS, tmp_path), ["zero_shto"])  # type: ignore[list-item]
+    with pytest.raises(MismatchError, match="expected some of both"):
+        run_suite(Suite(replace(SETTINGS, tasks=TRAIN), tmp_path))
+
+
+def test_a_chain_from_experts_to_a_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    pytest.importorskip("metaworld", reason="Meta-World is not installed: counterflow[metaworld]")
+    settings = SuiteSettings(
+        tasks=("metaworld/drawer-close-v3", "metaworld/handle-press-v3", "metaworld/door-close-v3"),
+        episodes=1,
+        expert_episodes=1,
+        demonstrations=2,
+        architecture=GeneralistConfig(width=16, encoder_depth=1, depth=1, heads=2, max_objects=4),
+        learning=replace(TRAINING, horizon=50, steps=4, batch_size=16, compile=False),
+        regime=1.0,
+        choosing_tasks=1,
+        choosing_episodes=1,
+        reversals=(3,),
+        taus=(0.5,),
+        candidates=(2,),
+        workers=1,
+    )
+    stages = STAGES[: STAGES.index("zero_shot") + 1]
+    said: list[str] = []
+    run_suite(Suite(settings, tmp_path, said.append), stages)
+    suite = Suite(settings, tmp_path, said.append)
+    tables = write_report(suite, tmp_path / "README.md", "x.py", DIFFERS)
+    assert "3 of 3 tasks solved" in tables["experts"]
+    assert "| door-close-v3 | held-out-goals |" in tables["zero_shot"]
+    assert "4 updates of 16 chunks (the last 4 took" in tables["generalist"]
+    assert set(suite.rates("zero_shot")) == {one.label for one in suite.contenders().values()}
+
+    said.clear()
+    run_suite(suite, stages)
+    assert [line.split(":")[1].split(" in ")[0] for line in said] == [" done"] * len(stages)  # nothing was left to do
