@@ -29,7 +29,7 @@ from counterflow.experiments.record import record
 from counterflow.experiments.statistics import SuccessRate
 from counterflow.files import write_between, write_json
 from counterflow.learning.dsrl import DSRLConfig, Variant
-from counterflow.steering import ChunkRegressor
+from counterflow.steering import ChunkRegressor, MethodSettings
 
 HERE = Path(__file__).parent
 COMMAND = "benchmarks/online_rl/run.py"
@@ -103,7 +103,8 @@ def recording(task: str, method: str, successes: int) -> Path:
     """Return the folder of a task's rollouts, recorded as far as they are missing."""
     out = DATA / method / short(task)
     if method == "base":
-        record(task, "base", out, episodes=successes, every_step=False)
+        steps = MethodSettings(steps=OnlineRun().steps)  # noises of other steps would be other noises
+        record(task, "base", out, episodes=successes, settings=steps, every_step=False)
     else:
         record(task, method, out, successes=successes, max_episodes=50 * successes + 100)
     return out
