@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from counterflow.errors import StorageError
-from counterflow.files import replacing, save_tensors, write_json
+from counterflow.files import replacing, save_tensors, write_between, write_json
 
 
 def test_it_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -102,3 +102,34 @@ class TestTensors:
         monkeypatch.setattr("safetensors.torch.save_file", refuse)
         with pytest.raises(StorageError, match=rf"can't write .*: {reason}"), replacing(tmp_path / "x") as temporary:
             save_tensors({}, temporary)
+
+
+class TestBetweenMarks:
+    TEXT = "before\n<!-- a: written by x/run.py -->\nold\n<!-- /a -->\nbetween <!-- /b -->\n<!-- b: written by x/run.py -->\n"
+
+    def test_only_what_stands_between_the_marks_changes(self, tmp_path: Path) -> None:
+        document = tmp_path / "README.md"
+        document.write_text(self.TEXT)
+        assert write_between(document, "a", "x/run.py", "new\nlines\n")
+        assert document.read_text() == self.TEXT.replace("old", "new\nlines")
+        assert write_between(document, "a", "x/run.py", "")
+        assert document.read_text() == self.TEXT.replace("old\n", "")
+
+    def test_without_its_marks_a_document_stays_as_it_was(self, tmp_path: Path) -> None:
+        document = tmp_path / "README.md"
+        document.write_text(self.TEXT)
+        for name, command in (("c", "x/run.py"), ("a", "y/run.py"), ("b", "x/run.py")):  # b is closed before it begins
+            assert not write_between(document, name, command, "new")
+        assert document.read_text() == self.TEXT
+
+    def test_a_failed_write_leaves_the_document_whole(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        document = tmp_path / "README.md"
+        document.write_text(self.TEXT)
+
+        def full(*_: object, **__: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_text", full)
+        with pytest.raises(StorageError):
+            write_between(document, "a", "x/run.py", "new")
+        assert document.read_text() == self.TEXT

@@ -50,15 +50,14 @@ from counterflow.cockpit.session import Session, SessionSettings
 from counterflow.envs.rendering import available_backends
 from counterflow.experiments.distill import distill
 from counterflow.experiments.evaluate import ReasonerSettings, evaluate, load_prior, machine, open_env
-from counterflow.files import replacing, write_json
+from counterflow.files import write_between, write_json
 from counterflow.reasoners import UnreliableReasoner, scripted_reasoner
 from counterflow.reasoners.vlm import VLMSettings
 from counterflow.reasoners.words import OGBENCH_WAYS
 
 HERE = Path(__file__).parent
 RESULTS, FIGURES = "results.json", HERE.parents[1] / "docs" / "figures"
-BEGIN_PERSON = "<!-- person: written by benchmarks/cockpit/run.py -->"
-BEGIN, END = "<!-- table: written by benchmarks/cockpit/run.py -->", "<!-- /table -->"
+COMMAND = "benchmarks/cockpit/run.py"
 ERROR = 0.1
 VLM_ENV, VLM_EPISODES, EVERY = "ogbench/cube-single-task1", 20, 10
 
@@ -572,14 +571,6 @@ def take_pictures(arguments: Arguments, figures: Path) -> None:
             image.convert("RGB").save(picture, optimize=True)
 
 
-def fill(path: Path, begin: str, table: str) -> None:
-    """Put a table into a document."""
-    text = path.read_text()
-    end = text.index(END, text.index(begin))
-    with replacing(path) as temporary:
-        temporary.write_text(text[: text.index(begin) + len(begin)] + "\n" + table + "\n" + text[end:])
-
-
 def main(arguments: Arguments) -> None:
     """Measure, write, report."""
     console = Console()
@@ -603,9 +594,9 @@ def main(arguments: Arguments) -> None:
             write_json(file, results)
     table = tables(results)
     if arguments.out is None:
-        fill(HERE / "README.md", BEGIN, table)
+        write_between(HERE / "README.md", "table", COMMAND, table)
         if "person" in results:
-            fill(HERE.parents[1] / "README.md", BEGIN_PERSON, "\n" + "\n".join(person_table(results)) + "\n")
+            write_between(HERE.parents[1] / "README.md", "person", COMMAND, "\n" + "\n".join(person_table(results)))
     console.print(table)
 
 

@@ -34,12 +34,13 @@ from counterflow.experiments.inversion import InversionSettings, Method, invert_
 from counterflow.experiments.record import record
 from counterflow.experiments.rollout import Episode, run_episodes
 from counterflow.experiments.statistics import Difference, MeanRate, SuccessRate
-from counterflow.files import write_json
+from counterflow.files import write_between, write_json
 from counterflow.learning import DSBCConfig
 from counterflow.random import child_seed
 from counterflow.steering import ChunkRegressor, Intention, RegressorConfig, steer_learned
 
 HERE = Path(__file__).parent
+COMMAND = "benchmarks/distillation/run.py"
 DATA, RESULTS = HERE / "data", HERE / "results"
 # The same prior and the same evaluation episodes.
 ZERO_SHOT = HERE.parent / "zero_shot" / "results" / "tasks.json"
@@ -332,7 +333,6 @@ RUN: dict[str, Callable[[Job], None]] = {
 
 def report() -> None:
     """Write tables into the README and draw the figures, of what has been run."""
-    readme = HERE / "README.md"
     for name, write in (
         ("rollouts", report_rollouts),
         ("intention", report_intention),
@@ -344,8 +344,8 @@ def report() -> None:
         ("cost", report_cost),
     ):
         measured = (RESULTS / name).is_dir() or (RESULTS / f"{name}.json").exists()
-        if measured and f"<!-- {name}:" in readme.read_text():
-            insert(readme, name, write())
+        if measured:
+            write_between(HERE / "README.md", name, COMMAND, write())
 
 
 def results_of(stage: str) -> Comparison:
@@ -550,14 +550,6 @@ def report_cost() -> str:
         for task, one in found.items()
     ]
     return "\n".join(lines)
-
-
-def insert(path: Path, name: str, text: str) -> None:
-    """Put a table between its marks in a document."""
-    begin, end = f"<!-- {name}: written by benchmarks/distillation/run.py -->", f"<!-- /{name} -->"
-    before, rest = path.read_text().split(begin, 1)
-    _, after = rest.split(end, 1)
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def cell(rate: SuccessRate | MeanRate) -> str:

@@ -29,12 +29,13 @@ from counterflow.experiments.figures import success_bars, success_curve
 from counterflow.experiments.offline import OfflineProgress, acting_of, train_offline
 from counterflow.experiments.presets import preset
 from counterflow.experiments.statistics import MeanRate, SuccessRate
-from counterflow.files import write_json
+from counterflow.files import write_between, write_json
 from counterflow.learning.bc import Precision
 from counterflow.learning.offline import OfflineConfig
 from counterflow.steering import GuidanceSettings
 
 HERE = Path(__file__).parent
+COMMAND = "benchmarks/offline_rl/run.py"
 RUNS, RESULTS = HERE / "runs", HERE / "results"
 CUBE_TASKS = tuple(f"ogbench/cube-single-task{task}" for task in range(1, 6))
 SCENE_TASKS = tuple(f"ogbench/scene-task{task}" for task in (1, 2, 3))
@@ -293,7 +294,6 @@ RUN: dict[str, Callable[[Arguments, Console], None]] = {
 
 def report() -> None:
     """Write tables into the README and draw the figures, of what has been run."""
-    readme = HERE / "README.md"
     draw_curves()
     for name, write in (
         ("parity", report_parity),
@@ -304,9 +304,8 @@ def report() -> None:
         ("precision", report_precision),
         ("speed", report_speed),
     ):
-        if f"<!-- {name}:" in readme.read_text():
-            insert(readme, name, write())
-    insert(HERE.parents[1] / "README.md", "critics", report_prior())
+        write_between(HERE / "README.md", name, COMMAND, write())
+    write_between(HERE.parents[1] / "README.md", "critics", COMMAND, report_prior())
 
 
 def results_of(stage: str) -> Comparison | None:
@@ -496,14 +495,6 @@ def report_speed() -> str:
         times = "" if official is None else f"{seeds * official / median:.2f}"
         lines.append(f"| {name} | {median:.0f} | {times} |")
     return "\n".join(lines)
-
-
-def insert(path: Path, name: str, text: str) -> None:
-    """Put a table between its marks in a document."""
-    begin, end = f"<!-- {name}: written by benchmarks/offline_rl/run.py -->", f"<!-- /{name} -->"
-    before, rest = path.read_text().split(begin, 1)
-    _, after = rest.split(end, 1)
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}" if text else f"{before}{begin}\n{end}{after}")
 
 
 def cell(rate: SuccessRate | MeanRate | None) -> str:

@@ -27,14 +27,13 @@ from torch import Tensor
 
 from counterflow.data.replay import Replay
 from counterflow.experiments.evaluate import machine
-from counterflow.files import write_json
+from counterflow.files import write_between, write_json
 from counterflow.learning.rfs import RFSConfig, RFSLearner, Rollout
 from counterflow.learning.sac import ActionSizes, SACConfig, SACLearner
 from counterflow.random import child_seed
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results" / "core.json", HERE / "README.md"
-BEGIN, END = "<!-- core: written by benchmarks/online_rl/core.py -->", "<!-- /core -->"
 SEEDS = (0, 1, 2)
 EPISODES = 20
 SAC_ENV, PPO_ENV = "Pendulum-v1", "InvertedPendulum-v5"
@@ -230,8 +229,7 @@ def main(arguments: Arguments) -> None:
                 f"| {name.upper()} | {content['env']}, {content['steps']:,} steps | {code} | "
                 f"{', '.join(f'{mean:.0f}' for mean in means)} | {np.mean(means):.0f} |"
             )
-    before, rest = README.read_text().split(BEGIN, 1)
-    README.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.split(END, 1)[1]}")
+    write_between(README, "core", "benchmarks/online_rl/core.py", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -27,11 +27,12 @@ from counterflow.experiments.online_settings import Config, OnlineRun, online_pr
 from counterflow.experiments.probe import probe
 from counterflow.experiments.record import record
 from counterflow.experiments.statistics import SuccessRate
-from counterflow.files import write_json
+from counterflow.files import write_between, write_json
 from counterflow.learning.dsrl import DSRLConfig, Variant
-from counterflow.steering import ChunkRegressor
+from counterflow.steering import ChunkRegressor, MethodSettings
 
 HERE = Path(__file__).parent
+COMMAND = "benchmarks/online_rl/run.py"
 DATA, RUNS, RESULTS = HERE / "data", HERE / "runs", HERE / "results"
 Stage = Literal["references", "works", "hardly", "rfs", "variants", "bounds", "shapes", "probe"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -102,7 +103,8 @@ def recording(task: str, method: str, successes: int) -> Path:
     """Return the folder of a task's rollouts, recorded as far as they are missing."""
     out = DATA / method / short(task)
     if method == "base":
-        record(task, "base", out, episodes=successes, every_step=False)
+        steps = MethodSettings(steps=OnlineRun().steps)  # noises of other steps would be other noises
+        record(task, "base", out, episodes=successes, settings=steps, every_step=False)
     else:
         record(task, method, out, successes=successes, max_episodes=50 * successes + 100)
     return out
@@ -271,7 +273,6 @@ def curve(content: Mapping[str, Any]) -> dict[float, SuccessRate]:
 
 def report() -> None:
     """Write tables into the README and draw the figures, of what has been run."""
-    readme = HERE / "README.md"
     for stage in ("works", "hardly", "rfs", "variants", "bounds", "shapes"):
         found = results_of(stage)
         if not found:
@@ -292,8 +293,7 @@ def report() -> None:
             for label, content in methods.items():
                 steps, rate = list(curve(content).items())[-1]
                 lines.append(f"| {task} | {label} | {cell(rate)} | {steps:,.0f} | {content['ledger']['seconds']:.0f} |")
-        if f"<!-- {stage}:" in readme.read_text():
-            insert(readme, stage, "\n".join(lines))
+        write_between(HERE / "README.md", stage, COMMAND, "\n".join(lines))
 
 
 def levels_of(task: str) -> dict[str, SuccessRate]:
@@ -303,14 +303,6 @@ def levels_of(task: str) -> dict[str, SuccessRate]:
         return {}
     found = json.loads(path.read_text())
     return {name: SuccessRate(one["successes"], one["episodes"]) for name, one in found.items()}
-
-
-def insert(path: Path, name: str, text: str) -> None:
-    """Put a table between its marks in a document."""
-    begin, end = f"<!-- {name}: written by benchmarks/online_rl/run.py -->", f"<!-- /{name} -->"
-    before, rest = path.read_text().split(begin, 1)
-    _, after = rest.split(end, 1)
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def cell(rate: SuccessRate) -> str:

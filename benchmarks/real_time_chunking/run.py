@@ -20,7 +20,7 @@ from rich.console import Console
 
 from counterflow.experiments.evaluate import ReasonerSettings, load_prior, machine, open_env
 from counterflow.experiments.statistics import SuccessRate
-from counterflow.files import write_json
+from counterflow.files import write_between, write_json
 from counterflow.random import RowGenerators, child_seed
 from counterflow.reasoners import to_reference
 from counterflow.steering import Continuation, ContinueChunk, FlowReversal, Guidance, Plan, SteeredPolicy
@@ -33,7 +33,6 @@ GUIDANCES: dict[str, Guidance | None] = {
     "identity": ContinueChunk(jacobian="identity"),
     "exact": ContinueChunk(jacobian="exact"),
 }
-MARK = "<!-- table: written by benchmarks/real_time_chunking/run.py -->", "<!-- /table -->"
 
 
 @dataclass(frozen=True)
@@ -124,10 +123,7 @@ def report(found: list[dict[str, Any]]) -> None:
             lines.append(
                 f"| {steering} | {name} | {jump:.3f} | {step:.3f} | {100 * rate.rate:.0f} ({100 * low:.0f}-{100 * high:.0f}) |"
             )
-    readme = HERE / "README.md"
-    before, rest = readme.read_text().split(MARK[0], 1)
-    after = rest.split(MARK[1], 1)[1]
-    readme.write_text(f"{before}{MARK[0]}\n" + "\n".join(lines) + f"\n{MARK[1]}{after}")
+    write_between(HERE / "README.md", "table", "benchmarks/real_time_chunking/run.py", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from rich.console import Console
 from websockets.asyncio.client import connect
 
 from counterflow.experiments.evaluate import machine
-from counterflow.files import write_json
+from counterflow.files import write_between, write_json
 from counterflow.serving import pack, unpack
 
 HERE = Path(__file__).parent
@@ -35,7 +35,6 @@ RESULTS, README = HERE / "results.json", HERE / "README.md"
 OBSERVATION = 28  # numbers that the cube's policy sees
 AXES = [(1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1)]
 CASES = {"batched": ("--max-batch", "32"), "unbatched": ("--max-batch", "1")}
-BEGIN, END = "<!-- table: written by benchmarks/serving/run.py -->", "<!-- /table -->"
 
 
 @dataclass(frozen=True)
@@ -189,10 +188,7 @@ def report() -> None:
         f"{found['machine']['cores']} cores, which the server, the clients and whatever else ran there share: load average "
         f"{min(loads):.1f} to {max(loads):.1f}.",
     ]
-    before, rest = README.read_text().split(BEGIN, 1)
-    _, after = rest.split(END, 1)
-    text = "\n".join(lines)
-    README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    write_between(README, "table", "benchmarks/serving/run.py", "\n".join(lines))
 
 
 def main() -> None:

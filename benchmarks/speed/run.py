@@ -31,7 +31,7 @@ from counterflow.experiments.online import OnlineProgress, train_online
 from counterflow.experiments.online_agents import decoding
 from counterflow.experiments.online_settings import OnlineRun, online_preset
 from counterflow.experiments.train import train_bc
-from counterflow.files import write_json
+from counterflow.files import write_between, write_json
 from counterflow.learning import BCConfig
 from counterflow.learning.bc import choose_precision
 from counterflow.learning.dsrl import DSRLConfig
@@ -39,6 +39,7 @@ from counterflow.learning.sac import SACLearner
 from counterflow.steering import SteeringSpace
 
 HERE = Path(__file__).parent
+COMMAND = "benchmarks/speed/run.py"
 ENV = "ogbench/cube-single-task4"
 Stage = Literal["training", "evaluation", "online"]
 
@@ -268,14 +269,6 @@ def online_table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def insert(path: Path, name: str, text: str) -> None:
-    """Put a table between its marks in a document."""
-    begin, end = f"<!-- {name}: written by benchmarks/speed/run.py -->", f"<!-- /{name} -->"
-    before, rest = path.read_text().split(begin, 1)
-    _, after = rest.split(end, 1)
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
-
-
 def main() -> None:
     """Measure and write."""
     arguments = tyro.cli(Arguments)
@@ -304,7 +297,7 @@ def main() -> None:
             "task": ENV,
             "measured": found,
         }
-        insert(HERE / "README.md", "online", online_table(found))
+        write_between(HERE / "README.md", "online", COMMAND, online_table(found))
     write_json(path, result)
     console.print(json.dumps(result, indent=1))
 

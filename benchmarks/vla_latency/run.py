@@ -34,13 +34,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from counterflow.experiments.evaluate import machine
-from counterflow.files import replacing, write_json
+from counterflow.files import write_between, write_json
 from counterflow.policies.lerobot import LeRobotPolicy
 from counterflow.steering import FlowReversal, NearestToReference, SteeredPolicy, SteeringContext
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-BEGIN, END = "<!-- table: written by benchmarks/vla_latency/run.py -->", "<!-- /table -->"
 STATE, ACTION, CAMERAS, TASK = 8, 7, ("observation.images.top", "observation.images.wrist"), "put the cup on the plate"
 Size = Literal["real", "reduced"]
 Kind = Literal["smolvla", "pi05"]
@@ -422,12 +421,7 @@ def _size(count: int | None) -> str:
 
 def write_report() -> None:
     """Put the tables between the marks in README.md."""
-    document = HERE / "README.md"
-    text = document.read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    with replacing(document) as temporary:
-        temporary.write_text(f"{before}{BEGIN}\n{report()}\n{END}{after}")
+    write_between(HERE / "README.md", "table", "benchmarks/vla_latency/run.py", report())
 
 
 def main() -> None:

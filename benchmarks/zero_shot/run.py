@@ -24,6 +24,7 @@ from counterflow.experiments.figures import success_bars, success_curve
 from counterflow.experiments.progress import progress_bar
 from counterflow.experiments.rollout import Episode
 from counterflow.experiments.statistics import Difference, MeanRate
+from counterflow.files import write_between
 from counterflow.reasoners import OGBENCH
 from counterflow.steering import MethodSettings
 
@@ -39,7 +40,7 @@ REVERSALS = (2, 3, 5, 7, 10, 20)
 ERRORS = (0.0, 0.2, 0.4)
 MAGNITUDES = (0.4, 0.7, 1.0)
 MAIN_TAU, MAIN_REVERSAL = 0.8, 5
-BEGIN, END = "<!-- table: written by benchmarks/zero_shot/run.py -->", "<!-- /table -->"
+COMMAND = "benchmarks/zero_shot/run.py"
 SLOW = 64  # candidates of sample-and-rank from which the policy, not the simulator, takes the time
 TITLES = {
     "partial": "Partial noising",
@@ -186,7 +187,7 @@ def report(episodes: int) -> str:
             gap = "" if name == "frs" else str(Difference(steered, mean))
             lines.append(f"| {family} | {name} | {label} | {_cell(mean.rate, mean.interval)} | {gap} |")
 
-    insert(HERE.parent.parent / "README.md", short_table(comparison, columns))
+    write_between(HERE.parent.parent / "README.md", "table", COMMAND, short_table(comparison, columns))
     groups = {family: {name: comparison.mean(label, family) for name, label in chosen.items()} for family in FAMILIES}
     settings = ", ".join(label for name, label in chosen.items() if name in sweeps)
     success_bars(
@@ -255,13 +256,6 @@ def short_table(comparison: Comparison, columns: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def insert(path: Path, text: str) -> None:
-    """Put a table between the marks in a document."""
-    before, rest = path.read_text().split(BEGIN, 1)
-    _, after = rest.split(END, 1)
-    path.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
-
-
 def _cell(rate: float, interval: tuple[float, float]) -> str:
     return f"{100 * rate:.0f} ({100 * interval[0]:.0f}-{100 * interval[1]:.0f})"
 
@@ -275,7 +269,7 @@ def main() -> None:
         for name, tasks, contenders in STUDIES:
             run_study(console, name, tasks, contenders, arguments.episodes, arguments.seed)
     text = report(arguments.episodes)
-    insert(HERE / "README.md", text)
+    write_between(HERE / "README.md", "table", COMMAND, text)
     console.print(text)
     machine = json.loads((RESULTS / "tasks.json").read_text())["machine"]
     console.print(f"measured with {machine}")

@@ -134,3 +134,29 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_between(document: Path | str, name: str, command: str, text: str) -> bool:
+    """Put what a command wrote between its marks in a document, whole or not at all.
+
+    Args:
+        document: with the lines `<!-- NAME: written by COMMAND -->` and, further down, `<!-- /NAME -->`.
+        name: of the marks.
+        command: that wrote it, for example "benchmarks/speed/run.py".
+        text: what to put there, for example a table; its last line needs no end.
+
+    Returns:
+        Whether the marks are there; without them the document stays as it was.
+
+    Raises:
+        StorageError: it can't be written.
+    """
+    document = Path(document)
+    begin, end = f"<!-- {name}: written by {command} -->", f"<!-- /{name} -->"
+    before, found, rest = document.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        return False
+    with replacing(document) as temporary:
+        temporary.write_text("\n".join([f"{before}{begin}", *([text.rstrip("\n")] if text else []), f"{end}{after}"]))
+    return True

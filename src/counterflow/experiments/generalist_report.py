@@ -11,7 +11,7 @@ from counterflow.errors import DatasetError
 from counterflow.experiments.figures import success_bars, success_curve
 from counterflow.experiments.generalist_suite import GAIN, Suite, slug
 from counterflow.experiments.statistics import Difference, MeanRate, SuccessRate
-from counterflow.files import replacing
+from counterflow.files import write_between
 
 Rates = Mapping[str, SuccessRate]
 SOLVED = 0.8
@@ -68,23 +68,10 @@ def write_report(suite: Suite, document: Path | str, command: str, differs: Diff
             tables[name] = write()
         except DatasetError:  # an earlier stage is not finished
             tables[name] = NOT_YET
-    path = Path(document)
-    if path.exists():
-        text = path.read_text()
+    if Path(document).exists():
         for name, table in tables.items():
-            text = insert(text, f"<!-- {name}: written by {command} -->", f"<!-- /{name} -->", table)
-        with replacing(path) as temporary:
-            temporary.write_text(text)
+            write_between(document, name, command, table)
     return tables
-
-
-def insert(text: str, begin: str, end: str, table: str) -> str:
-    """Return a document with a table between two marks; as it was, where they are missing."""
-    if begin not in text or end not in text.split(begin, 1)[1]:
-        return text
-    before, rest = text.split(begin, 1)
-    _, after = rest.split(end, 1)
-    return f"{before}{begin}\n{table}\n{end}{after}"
 
 
 def report_experts(suite: Suite) -> str:

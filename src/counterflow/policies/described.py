@@ -8,18 +8,20 @@ weights come, so that the two on disk never contradict each other.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 import counterflow
-from counterflow.errors import CheckpointError
+from counterflow.errors import CheckpointError, CounterflowError
 from counterflow.files import replacing, save_tensors
+from counterflow.policies.base import as_device
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,77 @@ def fingerprint(description: dict[str, Any], tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name}{tuple(tensors[name].shape)}{tensors[name].dtype}".encode())
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+class DescribedModule(nn.Module):
+    """A network that is kept on disk with its description; a kind of it says its `FORMAT`, its `CALLED`, and how it is described.
+
+    Attributes:
+        provenance: what else was recorded about its making (data, seed, losses); travels with the file, is no part of the
+            fingerprint.
+    """
+
+    FORMAT: ClassVar[Format]
+    CALLED: ClassVar[str]
+    """What an error calls it, for example "the critic"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.provenance: dict[str, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(itertools.chain(self.parameters(), self.buffers())).device
+
+    def description(self) -> dict[str, Any]:
+        """Return everything but the numbers, as plain values."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_description(cls, content: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        """Make what a description tells of, its weights still to be loaded; `tensors` says what else must be known."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every number, by name, on the CPU."""
+        return {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """A short name for exactly this one."""
+        return fingerprint(self.description(), self.tensors())
+
+    def save(self, path: Path | str) -> Path:
+        """Write it to `path` (ending in ".safetensors", or without an ending), whole or not at all.
+
+        Raises:
+            StorageError: writing failed; what stood there before is untouched.
+        """
+        return save_described(path, self.FORMAT, self.description(), self.provenance, self.tensors())
+
+    @classmethod
+    def load(cls, path: Path | str, device: torch.device | str = "cpu") -> Self:
+        """Load what `save` wrote, without gradients; the json beside the weights names them, too.
+
+        Raises:
+            CheckpointError: the file is missing, truncated, damaged, foreign, or written by a newer version.
+            InvalidInputError: the device can't be used here.
+        """
+        device, path = as_device(device), Path(path)
+        path = path.with_suffix(".safetensors") if path.suffix == ".json" else weights_path(path)
+        content, tensors = read_described(path, cls.FORMAT)
+        try:
+            made = cls.from_description(content, tensors)
+            made.load_state_dict(tensors)
+            made.provenance = content["provenance"]
+        except (KeyError, TypeError, RuntimeError, StopIteration, CounterflowError) as error:
+            raise CheckpointError(
+                f"{path} does not hold {cls.CALLED} that it describes: {error}. It was changed or damaged; fetch or train it "
+                "again."
+            ) from error
+        check_unchanged(path, content, made.description(), made.tensors())
+        return made.to(device).requires_grad_(False).eval()
 
 
 def _parse(text: str, path: Path, form: Format) -> dict[str, Any]:

@@ -7,23 +7,15 @@ ports: its latent is where the flow starts, its residual is added to the result.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from counterflow.binding import Binding
-from counterflow.errors import CheckpointError, CounterflowError, MismatchError, UnknownNameError
-from counterflow.policies import BasePolicy, as_device
-from counterflow.policies.described import (
-    Format,
-    check_unchanged,
-    fingerprint,
-    read_described,
-    save_described,
-    weights_path,
-)
+from counterflow.errors import MismatchError, UnknownNameError
+from counterflow.policies import BasePolicy
+from counterflow.policies.described import DescribedModule, Format
 from counterflow.policies.stacked import Activation, Norm, StackedMLP
 from counterflow.random import draw_normal, draw_prior
 from counterflow.steering.context import SteeringContext
@@ -34,8 +26,6 @@ from counterflow.steering.start import Rng
 from counterflow.steering.steered import SteeredPolicy, frozen, inputs_of
 
 Law = Literal["squashed", "gaussian"]
-
-FORMAT = Format("counterflow/steering-actor", 1, "Actors are made by 'counterflow train dsrl', 'residual' and 'rfs'.")
 
 
 @dataclass(frozen=True)
@@ -83,7 +73,7 @@ class ActorConfig:
         )
 
 
-class SteeringActor(nn.Module):
+class SteeringActor(DescribedModule):
     """One actor.
 
     Args:
@@ -93,6 +83,11 @@ class SteeringActor(nn.Module):
         binding: the frozen policy and the denoising that it was trained with.
     """
 
+    FORMAT = Format(
+        "counterflow/steering-actor", 1, "Actors are made by 'counterflow train dsrl', 'residual' and 'rfs'."
+    )
+    CALLED = "the actor"
+
     def __init__(self, config: ActorConfig, inputs: int, outputs: int, binding: Binding) -> None:
         super().__init__()
         self.config, self.binding = config, binding
@@ -100,12 +95,6 @@ class SteeringActor(nn.Module):
         self.network = StackedMLP(inputs, own, 1, config.hidden, norm=config.norm, activation=config.activation)
         self.log_std: Tensor
         self.register_buffer("log_std", torch.zeros(outputs))
-        self.provenance: dict[str, Any] = {}
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        return self.log_std.device
 
     @property
     def outputs(self) -> int:
@@ -144,47 +133,14 @@ class SteeringActor(nn.Module):
             "binding": self.binding.to_json(),
         }
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return every number, by name, on the CPU."""
-        return {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-
-    @property
-    def fingerprint(self) -> str:
-        """A short name for exactly this actor."""
-        return fingerprint(_plain(self.description()), self.tensors())
-
-    def save(self, path: Path | str) -> Path:
-        """Write it to `path` (ending in ".safetensors", or without an ending), whole or not at all.
-
-        Raises:
-            StorageError: writing failed; what stood there before is untouched.
-        """
-        return save_described(path, FORMAT, _plain(self.description()), self.provenance, self.tensors())
-
     @classmethod
-    def load(cls, path: Path | str, device: torch.device | str = "cpu") -> SteeringActor:
-        """Load what `save` wrote, without gradients.
-
-        Raises:
-            CheckpointError: the file is missing, truncated, damaged, foreign, or written by a newer version.
-            InvalidInputError: the device can't be used here.
-        """
-        device, path = as_device(device), weights_path(path)
-        content, tensors = read_described(path, FORMAT)
-        try:
-            own = dict(content["actor"])
-            own["latent"] = LatentShape(**own["latent"])
-            own["hidden"], own["residual_bound"] = tuple(own["hidden"]), tuple(own["residual_bound"])
-            sizes = content["sizes"]
-            actor = cls(ActorConfig(**own), sizes["inputs"], sizes["outputs"], Binding.from_json(content["binding"]))
-            actor.load_state_dict(tensors)
-            actor.provenance = content["provenance"]
-        except (KeyError, TypeError, RuntimeError, CounterflowError) as error:
-            raise CheckpointError(
-                f"{path} does not hold the actor that it describes: {error}. It was changed or damaged; fetch or train it again."
-            ) from error
-        check_unchanged(path, content, _plain(actor.description()), actor.tensors())
-        return actor.to(device).requires_grad_(False).eval()
+    def from_description(cls, content: dict[str, Any], tensors: dict[str, Tensor]) -> Self:  # noqa: ARG003 - sizes are described
+        """Make what a description tells of."""
+        own = dict(content["actor"])
+        own["latent"] = LatentShape(**own["latent"])
+        own["hidden"], own["residual_bound"] = tuple(own["hidden"]), tuple(own["residual_bound"])
+        sizes = content["sizes"]
+        return cls(ActorConfig(**own), sizes["inputs"], sizes["outputs"], Binding.from_json(content["binding"]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,9 +228,3 @@ def seen_by_actor(policy: BasePolicy, context: SteeringContext) -> Tensor:
     kind: Literal["features", "observation"] = "features" if hasattr(frozen(policy), "features") else "observation"
     seen = inputs_of(policy, context, kind)
     return seen.flatten(1).float()
-
-
-def _plain(content: dict[str, Any]) -> dict[str, Any]:
-    """Return a description with lists in the place of tuples, as json reads it back."""
-    actor = {name: list(value) if isinstance(value, tuple) else value for name, value in content["actor"].items()}
-    return {**content, "actor": actor}

@@ -11,24 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from counterflow.binding import Binding
-from counterflow.errors import CheckpointError, CounterflowError, InvalidInputError, MismatchError, UnknownNameError
+from counterflow.errors import InvalidInputError, MismatchError, UnknownNameError
 from counterflow.flow import denoise
-from counterflow.policies import BasePolicy, as_device, bind, repeat_context
-from counterflow.policies.described import (
-    Format,
-    check_unchanged,
-    fingerprint,
-    read_described,
-    save_described,
-    weights_path,
-)
+from counterflow.policies import BasePolicy, bind, repeat_context
+from counterflow.policies.described import DescribedModule, Format
 from counterflow.policies.stacked import Activation, Norm, StackedMLP
 from counterflow.random import draw_normal, draw_prior
 from counterflow.steering.actor import seen_by_actor
@@ -42,7 +34,6 @@ from counterflow.steering.steered import SteeredPolicy
 Select = Literal["argmax", "sample", "average"]
 Judged = Literal["noise", "chunk"]
 
-FORMAT = Format("counterflow/anchors", 1, "Anchors are made by 'counterflow train dsrl --variant anchors'.")
 WORD = 10.0
 """How much more what somebody says counts than an anchor that nobody speaks for."""
 
@@ -238,7 +229,7 @@ class AnchorsConfig:
             raise InvalidInputError(f"counted is {self.counted!r}; expected 1 critic or more.")
 
 
-class AnchorsCritic(nn.Module):
+class AnchorsCritic(DescribedModule):
     """Critics, and the anchors among which they choose.
 
     Args:
@@ -251,6 +242,9 @@ class AnchorsCritic(nn.Module):
     Raises:
         InvalidInputError: more critics are to count than there are.
     """
+
+    FORMAT = Format("counterflow/anchors", 1, "Anchors are made by 'counterflow train dsrl --variant anchors'.")
+    CALLED = "the critics"
 
     def __init__(self, config: AnchorsConfig, anchors: Reference, inputs: int, members: int, binding: Binding) -> None:
         super().__init__()
@@ -265,12 +259,6 @@ class AnchorsCritic(nn.Module):
         self.steered: Tensor
         for name, value in (("chunks", anchors.chunk), ("active", anchors.active), ("steered", anchors.steered)):
             self.register_buffer(name, value.detach().clone())
-        self.provenance: dict[str, Any] = {}
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        return self.chunks.device
 
     @property
     def anchors(self) -> Reference:
@@ -308,56 +296,20 @@ class AnchorsCritic(nn.Module):
 
     def description(self) -> dict[str, Any]:
         """Return everything but the numbers, as plain values."""
-        config = asdict(self.config)
         return {
-            "anchors": {**config, "hidden": list(self.config.hidden)},
+            "anchors": asdict(self.config),
             "sizes": {"inputs": self.network.inputs, "members": self.network.count, "anchors": len(self.chunks)},
             "binding": self.binding.to_json(),
         }
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return every number, by name, on the CPU."""
-        return {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-
-    @property
-    def fingerprint(self) -> str:
-        """A short name for exactly these critics and anchors."""
-        return fingerprint(self.description(), self.tensors())
-
-    def save(self, path: Path | str) -> Path:
-        """Write it to `path` (ending in ".safetensors", or without an ending), whole or not at all.
-
-        Raises:
-            StorageError: writing failed; what stood there before is untouched.
-        """
-        return save_described(path, FORMAT, self.description(), self.provenance, self.tensors())
-
     @classmethod
-    def load(cls, path: Path | str, device: torch.device | str = "cpu") -> AnchorsCritic:
-        """Load what `save` wrote, without gradients.
-
-        Raises:
-            CheckpointError: the file is missing, truncated, damaged, foreign, or written by a newer version.
-            InvalidInputError: the device can't be used here.
-        """
-        device, path = as_device(device), weights_path(path)
-        content, tensors = read_described(path, FORMAT)
-        try:
-            own = dict(content["anchors"])
-            own["latent"], own["hidden"] = LatentShape(**own["latent"]), tuple(own["hidden"])
-            sizes, anchors = content["sizes"], Reference(tensors["chunks"], tensors["active"], tensors["steered"])
-            critic = cls(
-                AnchorsConfig(**own), anchors, sizes["inputs"], sizes["members"], Binding.from_json(content["binding"])
-            )
-            critic.load_state_dict(tensors)
-            critic.provenance = content["provenance"]
-        except (KeyError, TypeError, RuntimeError, CounterflowError) as error:
-            raise CheckpointError(
-                f"{path} does not hold the critics that it describes: {error}. It was changed or damaged; fetch or train it "
-                "again."
-            ) from error
-        check_unchanged(path, content, critic.description(), critic.tensors())
-        return critic.to(device).requires_grad_(False).eval()
+    def from_description(cls, content: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        """Make what a description tells of."""
+        own = dict(content["anchors"])
+        own["latent"], own["hidden"] = LatentShape(**own["latent"]), tuple(own["hidden"])
+        sizes, anchors = content["sizes"], Reference(tensors["chunks"], tensors["active"], tensors["steered"])
+        binding = Binding.from_json(content["binding"])
+        return cls(AnchorsConfig(**own), anchors, sizes["inputs"], sizes["members"], binding)
 
 
 class AnchorStart:

@@ -10,31 +10,21 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from counterflow.errors import CheckpointError, CounterflowError, InvalidInputError, MismatchError, UnknownNameError
-from counterflow.policies import BasePolicy, Normaliser, as_device
-from counterflow.policies.described import (
-    Format,
-    check_unchanged,
-    fingerprint,
-    read_described,
-    save_described,
-    weights_path,
-)
+from counterflow.errors import InvalidInputError, MismatchError, UnknownNameError
+from counterflow.policies import BasePolicy, Normaliser
+from counterflow.policies.described import DescribedModule, Format
 from counterflow.policies.stacked import Norm, StackedMLP
 from counterflow.random import child_seed, generator
 from counterflow.steering.aggregation import Aggregation, aggregate
 from counterflow.steering.context import SteeringContext
 from counterflow.steering.steered import Inputs, frozen, inputs_of
 
-FORMAT = Format(
-    "counterflow/chunk-critic", 1, "Critics are made by 'counterflow critic', and by offline reinforcement learning."
-)
 LARGEST_INPUT = 10.0  # standard deviations; what is further off than this looks the same to the network
 
 
@@ -143,7 +133,7 @@ def task_embedding(text: str, size: int) -> Tensor:
     return functional.normalize(torch.stack(vectors).sum(0), dim=0) if vectors else torch.zeros(size)
 
 
-class ChunkCritic(nn.Module):
+class ChunkCritic(DescribedModule):
     """An ensemble Q_m(s, chunk): what the policy sees, with a flattened chunk (and a task embedding), to a value.
 
     Args:
@@ -155,6 +145,13 @@ class ChunkCritic(nn.Module):
     Raises:
         InvalidInputError: the network is not the one that `config` and the sizes describe.
     """
+
+    FORMAT = Format(
+        "counterflow/chunk-critic",
+        1,
+        "Critics are made by 'counterflow critic', and by offline reinforcement learning.",
+    )
+    CALLED = "the critic"
 
     def __init__(
         self,
@@ -178,8 +175,6 @@ class ChunkCritic(nn.Module):
                 )
         self.config, self.binding, self.input_normaliser = config, binding, input_normaliser
         self.network = network
-        # What else was recorded about its making (data, seed, losses); travels with the checkpoint.
-        self.provenance: dict[str, Any] = {}
 
     @property
     def like(self) -> Tensor:
@@ -259,15 +254,6 @@ class ChunkCritic(nn.Module):
             "input": {"dim": self.input_normaliser.dim, "normalisation": self.input_normaliser.kind},
         }
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return every number, by name, on the CPU."""
-        return {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-
-    @property
-    def fingerprint(self) -> str:
-        """A short name for exactly this critic."""
-        return fingerprint(self.description(), self.tensors())
-
     def save(self, path: Path | str) -> Path:
         """Write it to `path` (ending in ".safetensors", or without an ending), whole or not at all.
 
@@ -280,35 +266,18 @@ class ChunkCritic(nn.Module):
                 f"a critic with a {type(self.network).__name__} can't be written; expected a StackedMLP. Keep yours in a file "
                 "of its own and build the critic around it."
             )
-        return save_described(path, FORMAT, self.description(), self.provenance, self.tensors())
+        return super().save(path)
 
     @classmethod
-    def load(cls, path: Path | str, device: torch.device | str = "cpu") -> ChunkCritic:
-        """Load what `save` wrote, without gradients.
-
-        Raises:
-            CheckpointError: the file is missing, truncated, damaged, foreign, or written by a newer version.
-            InvalidInputError: the device can't be used here.
-        """
-        device, path = as_device(device), Path(path)
-        path = path.with_suffix(".safetensors") if path.suffix == ".json" else weights_path(path)
-        content, tensors = read_described(path, FORMAT)
-        try:
-            critic = cls(
-                CriticConfig(**content["critic"]),
-                CriticBinding(**content["binding"]),
-                Normaliser(
-                    tensors["input_normaliser.offset"],
-                    tensors["input_normaliser.scale"],
-                    content["input"]["normalisation"],
-                ),
-            ).to(next(tensor for name, tensor in tensors.items() if name.startswith("network.")).dtype)
-            critic.load_state_dict(tensors)
-            critic.provenance = content["provenance"]
-        except (KeyError, TypeError, RuntimeError, StopIteration, CounterflowError) as error:
-            raise CheckpointError(
-                f"{path} does not hold the critic that it describes: {error}. It was changed or damaged; fetch or train it "
-                "again."
-            ) from error
-        check_unchanged(path, content, critic.description(), critic.tensors())
-        return critic.to(device).requires_grad_(False).eval()
+    def from_description(cls, content: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        """Make what a description tells of."""
+        made = cls(
+            CriticConfig(**content["critic"]),
+            CriticBinding(**content["binding"]),
+            Normaliser(
+                tensors["input_normaliser.offset"],
+                tensors["input_normaliser.scale"],
+                content["input"]["normalisation"],
+            ),
+        )
+        return made.to(next(tensor for name, tensor in tensors.items() if name.startswith("network.")).dtype)

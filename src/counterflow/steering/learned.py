@@ -9,25 +9,17 @@ trained on actions (behaviour cloning on the same data) it needs no prior, and
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from counterflow.binding import Binding
-from counterflow.errors import CheckpointError, CounterflowError, InvalidInputError, MismatchError, UnknownNameError
+from counterflow.errors import InvalidInputError, MismatchError, UnknownNameError
 from counterflow.flow import refine
-from counterflow.policies import BasePolicy, Normaliser, as_device, bind
-from counterflow.policies.described import (
-    Format,
-    check_unchanged,
-    fingerprint,
-    read_described,
-    save_described,
-    weights_path,
-)
+from counterflow.policies import BasePolicy, Normaliser, bind
+from counterflow.policies.described import DescribedModule, Format
 from counterflow.policies.ensemble import EnsembleMLP
 from counterflow.random import draw_normal, draw_prior
 from counterflow.steering.context import SteeringContext
@@ -37,7 +29,6 @@ from counterflow.steering.steered import Inputs, SteeredPolicy, frozen, inputs_o
 
 Target = Literal["noise", "action"]
 
-FORMAT = Format("counterflow/chunk-regressor", 1, "Noise policies are made by 'counterflow distill'.")
 LARGEST_INPUT = 10.0  # standard deviations; what is further off than this looks the same to the network
 
 
@@ -137,7 +128,7 @@ class RegressorConfig:
         return RegressorConfig("action", self.inputs, self.members, self.width, self.depth, bound=None)
 
 
-class ChunkRegressor(nn.Module):
+class ChunkRegressor(DescribedModule):
     """A small ensemble from what the frozen policy sees to a chunk.
 
     Args:
@@ -152,6 +143,9 @@ class ChunkRegressor(nn.Module):
     """
 
     intention: ChunkRegressor | None
+
+    FORMAT = Format("counterflow/chunk-regressor", 1, "Noise policies are made by 'counterflow distill'.")
+    CALLED = "the network"
 
     def __init__(
         self, config: RegressorConfig, input_normaliser: Normaliser, output_normaliser: Normaliser, binding: Binding
@@ -168,13 +162,6 @@ class ChunkRegressor(nn.Module):
         self.config, self.binding = config, binding
         self.input_normaliser, self.output_normaliser = input_normaliser, output_normaliser
         self.network = EnsembleMLP(input_normaliser.dim, size, config.members, config.width, config.depth)
-        # What else was recorded about its making (data, seed, losses); travels with the checkpoint.
-        self.provenance: dict[str, Any] = {}
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        return next(self.network.parameters()).device
 
     def prepare(self, inputs: Tensor) -> Tensor:
         """Normalise inputs (..., F)."""
@@ -221,51 +208,17 @@ class ChunkRegressor(nn.Module):
         }
         return described if self.intention is None else {**described, "intention": self.intention.description()}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return every number, by name, on the CPU."""
-        return {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-
-    @property
-    def fingerprint(self) -> str:
-        """A short name for exactly this network."""
-        return fingerprint(self.description(), self.tensors())
-
-    def save(self, path: Path | str) -> Path:
-        """Write it to `path` (ending in ".safetensors", or without an ending), whole or not at all.
-
-        Raises:
-            StorageError: writing failed; what stood there before is untouched.
-        """
-        return save_described(path, FORMAT, self.description(), self.provenance, self.tensors())
+    @classmethod
+    def from_description(cls, content: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        """Make what a description tells of."""
+        made = cls._of_one(content, tensors, "")
+        if made.config.intention is not None:
+            made.intention = cls._of_one(content["intention"], tensors, "intention.")
+        return made
 
     @classmethod
-    def load(cls, path: Path | str, device: torch.device | str = "cpu") -> ChunkRegressor:
-        """Load what `save` wrote, without gradients.
-
-        Raises:
-            CheckpointError: the file is missing, truncated, damaged, foreign, or written by a newer version.
-            InvalidInputError: the device can't be used here.
-        """
-        device, path = as_device(device), Path(path)
-        path = path.with_suffix(".safetensors") if path.suffix == ".json" else weights_path(path)
-        content, tensors = read_described(path, FORMAT)
-        try:
-            regressor = cls._described(content, tensors, "")
-            if regressor.config.intention is not None:
-                regressor.intention = cls._described(content["intention"], tensors, "intention.")
-            regressor.load_state_dict(tensors)
-            regressor.provenance = content["provenance"]
-        except (KeyError, TypeError, RuntimeError, CounterflowError) as error:
-            raise CheckpointError(
-                f"{path} does not hold the network that it describes: {error}. It was changed or damaged; fetch or train it "
-                "again."
-            ) from error
-        check_unchanged(path, content, regressor.description(), regressor.tensors())
-        return regressor.to(device).requires_grad_(False).eval()
-
-    @classmethod
-    def _described(cls, content: dict[str, Any], tensors: dict[str, Tensor], prefix: str) -> ChunkRegressor:
-        """Make the network that a description tells of, its weights still to be loaded."""
+    def _of_one(cls, content: dict[str, Any], tensors: dict[str, Tensor], prefix: str) -> Self:
+        """Make one ensemble; its tensors' names begin with `prefix`."""
         config = dict(content["regressor"])
         for name, kind in (("latent", LatentShape), ("intention", Intention)):
             if name in config:
