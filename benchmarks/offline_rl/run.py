@@ -46,7 +46,7 @@ CURVE_EPISODES = 10  # at each point of a learning curve, for each seed and task
 ALGORITHMS = ("qgf", "ifql", "fql", "rql")
 WEIGHTS = (0.01, 0.03, 0.1, 0.3)  # of QGF's sweep; the scale is that of the critic's gradient
 WIDTHS = (64, 128, 256)  # of every network; the last is the small preset's
-SCALED = ("ogbench/cube-single-task1", "ogbench/cube-single-task2")
+SCALED = ("ogbench/cube-single-task3", "ogbench/cube-single-task4")
 GOAL_FAMILIES = ("cube-single", "scene")
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 PRECISE_TASK, PRECISE = "ogbench/cube-single-task1", ("qgf", "rql")
@@ -122,7 +122,21 @@ def train(arguments: Arguments, console: Console) -> None:
                 if progress.step % 2_000 == 0:
                     console.log(f"  {progress.step}, {progress.seconds:.0f} s, {progress.success}")
 
-            train_offline(algorithm, data, task, folder_of(algorithm, task), config, run, seeds=SEEDS, on_progress=show)
+            folder = folder_of(algorithm, task)
+            train_offline(algorithm, data, task, folder, config, run, seeds=SEEDS, on_progress=show)
+            keep_curve(folder)
+
+
+def keep_curve(folder: Path) -> None:
+    """Keep what a run's evaluations on the way found, which runs that aren't committed would take with them."""
+    points = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        found = json.loads(line)
+        rates = [value for name, value in found.items() if name.startswith("success/")]
+        if rates:
+            points[str(found["step"])] = rates
+    if points:
+        write_json(RESULTS / "curves" / f"{folder.name}.json", points)
 
 
 def small(arguments: Arguments, console: Console) -> None:
@@ -387,16 +401,12 @@ def draw_curves() -> None:
     for algorithm in ALGORITHMS:
         rates: dict[float, list[float]] = {}
         for task in CUBE_TASKS:
-            path = folder_of(algorithm, task) / "metrics.jsonl"
-            for line in path.read_text().splitlines() if path.exists() else []:
-                found = json.loads(line)
-                rates.setdefault(found["step"], []).extend(
-                    value for name, value in found.items() if name.startswith("success/")
-                )
+            path = RESULTS / "curves" / f"{folder_of(algorithm, task).name}.json"
+            for step, values in (json.loads(path.read_text()) if path.exists() else {}).items():
+                rates.setdefault(float(step), []).extend(values)
         points = {
             step: SuccessRate(round(float(np.sum(values)) * CURVE_EPISODES), CURVE_EPISODES * len(values))
             for step, values in rates.items()
-            if values
         }
         if points:
             curves[algorithm.upper()] = points

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -117,6 +117,16 @@ def test_colours_can_be_told_apart(colours: tuple[str, ...], eyes: str) -> None:
     """A distance of 2 is just noticed side by side; bars and lines lie apart and need far more."""
     for one, other in itertools.combinations(colours, 2):
         assert np.linalg.norm(lab(one, EYES[eyes]) - lab(other, EYES[eyes])) > 20, (one, other)
+
+
+def test_colours_that_come_again_are_marked(tmp_path: Path, drawn: list[Figure]) -> None:
+    names = [f"method {index}" for index in range(len(OTHER_COLOURS) + 2)] + ["FRS"]
+    success_bars({"cube": dict.fromkeys(names, SuccessRate(5, 20))}, tmp_path / "x.png")
+    success_curve({name: {1.0: SuccessRate(5, 20)} for name in names}, tmp_path / "y.png", xlabel="K")
+    bars = [(patch.get_facecolor(), patch.get_hatch()) for patch in axes(drawn[0]).patches]
+    lines = [(line.get_color(), line.get_marker()) for line in axes(drawn[1]).lines]
+    assert len(set(bars)) == len(set(lines)) == len(names)
+    assert bars[-1] == (to_rgba(METHOD_COLOURS["frs"]), None)
 
 
 def test_bad_input(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from counterflow.experiments.style import (
     colours_of,
     label,
     save,
+    sharing,
     sheet,
     styled,
 )
@@ -49,6 +50,8 @@ _LINE: Mapping[str, Any] = {
     "markeredgewidth": 1.0,
     "solid_capstyle": "round",
 }
+_AGAIN: Mapping[str, Any] = {"marker": "s", "linestyle": (0, (5, 1.2))}  # a second line of one colour
+_HATCHED: Mapping[str, Any] = {"hatch": "////", "edgecolor": PAPER}
 _LEVEL: Mapping[str, Any] = {"linewidth": 1.5, "linestyle": (0, (4, 2.5))}
 _BACK: Mapping[str, Any] = {"linewidth": 1.3, "linestyle": (0, (3, 1.6)), "marker": "o", "markersize": 2.4}
 _FORTH: Mapping[str, Any] = {"linewidth": 1.8, "linestyle": "-", "marker": "o", "markersize": 2.6}
@@ -122,7 +125,11 @@ def success_bars(
         raise InvalidInputError("there is no success rate to draw; expected at least one group with one method.")
     methods = list(dict.fromkeys(method for rates in groups.values() for method in rates))
     footnote = _episodes_note(rate for rates in groups.values() for rate in rates.values())
-    colours = colours_of(methods)
+    colours, shared = colours_of(methods), sharing(methods)
+    looks = {
+        method: {"facecolor": colours[method], "linewidth": 0, **(_HATCHED if method in shared else {})}
+        for method in methods
+    }
 
     step = len(methods) + 1.1  # in bar widths: a group's bars and the gap to the next group
     bars = step * len(groups)
@@ -131,7 +138,7 @@ def success_bars(
     names = [textwrap.fill(group, characters, break_long_words=False) for group in groups]
     rows = max(name.count("\n") + 1 for name in names)
     with styled():
-        handles = {label(method): Patch(color=colours[method]) for method in methods}
+        handles = {label(method): Patch(**looks[method]) for method in methods}
         handles = handles if len(methods) > 1 else {}
         figure, frame = sheet(width, 2.9, title, subtitle, handles, footnote, below=0.15 + 0.15 * rows)
         axes = figure.add_subplot(figure.add_gridspec(1, 1, **frame)[0])
@@ -140,7 +147,7 @@ def success_bars(
             for row, method in enumerate(methods):
                 if method in rates:
                     position = column * step + row
-                    _bar(axes, position, rates[method], colours[method], best=rates[method].rate == best)
+                    _bar(axes, position, rates[method], looks[method], best=rates[method].rate == best)
         axes.set_xticks([column * step + (len(methods) - 1) / 2 for column in range(len(groups))], names)
         axes.set_xlim(-1.05, bars - 1.05)
         _percent_axis(axes)
@@ -183,11 +190,13 @@ def success_curve(
         raise InvalidInputError(f"settings of the curve are {settings}; expected finite numbers.")
     if scale == "log" and settings[0] <= 0:
         raise InvalidInputError(f"the least setting is {settings[0]}; a logarithmic axis needs positive ones.")
-    colours = colours_of([*lines, *levels])
+    names = [*lines, *levels]
+    colours, shared = colours_of(names), sharing(names)
+    looks = {name: {**_LINE, "color": colours[name], **(_AGAIN if name in shared else {})} for name in lines}
     footnote = _episodes_note([rate for line in lines.values() for rate in line.values()] + list(levels.values()))
 
     with styled():
-        handles: dict[str, Artist] = {label(name): Line2D([], [], color=colours[name], **_LINE) for name in lines}
+        handles: dict[str, Artist] = {label(name): Line2D([], [], **looks[name]) for name in lines}
         handles |= {label(name): Line2D([], [], color=colours[name], **_LEVEL) for name in levels}
         figure, frame = sheet(5.2, 2.9, title, subtitle, handles if len(handles) > 1 else {}, footnote)
         axes = figure.add_subplot(figure.add_gridspec(1, 1, **frame)[0])
@@ -201,7 +210,7 @@ def success_curve(
             where = [setting for setting, _ in points]
             low, high = ([100 * rate.interval[side] for _, rate in points] for side in (0, 1))
             axes.fill_between(where, low, high, color=colours[name], alpha=0.14, linewidth=0)
-            axes.plot(where, [100 * rate.rate for _, rate in points], color=colours[name], clip_on=False, **_LINE)
+            axes.plot(where, [100 * rate.rate for _, rate in points], clip_on=False, **looks[name])
         axes.set_xscale(scale)
         _ticks_at(axes, settings)
         axes.set_xlabel(xlabel)
@@ -464,9 +473,9 @@ def steerability(found: Steerability, path: Path | str, *, title: str = "") -> P
         return save(figure, path)
 
 
-def _bar(axes: Axes, position: float, rate: Rate, colour: str, *, best: bool) -> None:
+def _bar(axes: Axes, position: float, rate: Rate, look: Mapping[str, Any], *, best: bool) -> None:
     low, high = rate.interval
-    axes.bar(position, 100 * rate.rate, width=0.86, color=colour, linewidth=0)
+    axes.bar(position, 100 * rate.rate, width=0.86, **look)
     axes.vlines(position, 100 * low, 100 * high, color=INK, linewidth=1.1, alpha=0.8)
     weight, shade = ("bold", INK) if best else ("normal", MUTED)
     axes.annotate(

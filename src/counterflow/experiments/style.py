@@ -102,11 +102,19 @@ def label(name: str) -> str:
 
 
 def colours_of(names: Iterable[str]) -> dict[str, str]:
-    """Return a colour for each name: the method's own, or the next of the others."""
+    """Return a colour for each name: the method's own, however it is capitalised, or the next of the others."""
     names = list(names)
-    others = [name for name in names if name not in METHOD_COLOURS]
-    spare = {name: OTHER_COLOURS[index % len(OTHER_COLOURS)] for index, name in enumerate(others)}
-    return {name: METHOD_COLOURS.get(name) or spare[name] for name in names}
+    spare = {name: OTHER_COLOURS[index % len(OTHER_COLOURS)] for index, name in enumerate(_others(names))}
+    return {name: spare[name] if name in spare else METHOD_COLOURS[name.lower()] for name in names}
+
+
+def sharing(names: Iterable[str]) -> set[str]:
+    """Return the names whose colour has already gone to another: they need a second mark (hatching, another marker)."""
+    return set(_others(names)[len(OTHER_COLOURS) :])
+
+
+def _others(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name for name in names if name.lower() not in METHOD_COLOURS))
 
 
 @contextmanager
