@@ -26,7 +26,7 @@ from counterflow.experiments.progress import progress_bar
 from counterflow.experiments.run import read_config
 from counterflow.experiments.train import Progress, Trained, read_bc_settings, train_bc
 from counterflow.learning import BCConfig, ChunkCriticConfig, DSBCConfig
-from counterflow.learning.dsbc import Progress as DistillationProgress
+from counterflow.learning.held_out import Progress as DistillationProgress
 from counterflow.policies import GeneralistConfig
 from counterflow.policies.described import weights_path
 from counterflow.steering import Intention

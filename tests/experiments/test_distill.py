@@ -17,7 +17,7 @@ from counterflow.data import SteeringDataset, SteeringEpisode
 from counterflow.errors import CounterflowError, DatasetError, InvalidInputError, MismatchError, UnknownNameError
 from counterflow.experiments.distill import distill, examples_of
 from counterflow.learning import DSBCConfig, NoiseExamples
-from counterflow.learning.dsbc import Progress
+from counterflow.learning.held_out import Progress
 from counterflow.policies import FlowPolicy
 from counterflow.steering import ChunkRegressor, Intention, RegressorConfig
 

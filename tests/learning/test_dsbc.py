@@ -20,7 +20,8 @@ from torch import Tensor
 from counterflow.binding import Binding
 from counterflow.errors import DatasetError, InvalidInputError, MismatchError
 from counterflow.learning import DSBCConfig, DSBCLearner, NoiseExamples, distil
-from counterflow.learning.dsbc import Draws, Progress, hold_out, join, regression_loss
+from counterflow.learning.dsbc import Draws, join, regression_loss
+from counterflow.learning.held_out import Progress, hold_out
 from counterflow.policies import ActionSpec, FieldPolicy
 from counterflow.policies.ensemble import EnsembleMLP
 from counterflow.steering import ChunkRegressor, Intention, LatentShape, LearnedNoise, RegressorConfig, SteeringContext

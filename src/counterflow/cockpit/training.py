@@ -19,7 +19,8 @@ from counterflow.errors import CounterflowError, DatasetError
 from counterflow.experiments.dagger import corrections_of
 from counterflow.experiments.distill import examples_of
 from counterflow.learning.dagger import DAggerConfig
-from counterflow.learning.dsbc import DSBCConfig, Progress, distil, join
+from counterflow.learning.dsbc import DSBCConfig, distil, join
+from counterflow.learning.held_out import Progress
 from counterflow.steering import ChunkRegressor
 
 RECORDINGS, CORRECTIONS, POLICIES = "recordings", "corrections", "policies"

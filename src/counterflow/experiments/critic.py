@@ -12,7 +12,7 @@ import numpy.typing as npt
 from counterflow.data import SteeringDataset, SteeringEpisode
 from counterflow.errors import DatasetError, InvalidInputError, MismatchError
 from counterflow.learning.chunk_critic import ChunkCriticConfig, ChunkCriticLearner, Rollouts
-from counterflow.learning.dsbc import Progress
+from counterflow.learning.held_out import Progress
 from counterflow.steering import ChunkCritic, CriticBinding, task_embedding
 
 

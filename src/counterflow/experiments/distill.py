@@ -14,7 +14,8 @@ from counterflow.data import EpisodeDataset, SteeringDataset
 from counterflow.errors import DatasetError, InvalidInputError, MismatchError, UnknownNameError
 from counterflow.experiments.inversion import read_binding
 from counterflow.experiments.lerobot_data import is_augmented, lerobot_examples
-from counterflow.learning.dsbc import DSBCConfig, NoiseExamples, Progress, distil, join
+from counterflow.learning.dsbc import DSBCConfig, NoiseExamples, distil, join
+from counterflow.learning.held_out import Progress
 from counterflow.steering import ChunkRegressor
 
 Windows = Literal["auto", "steps", "decisions"]

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from counterflow.errors import DatasetError, InvalidInputError, UnknownNameError
-from counterflow.learning.dsbc import Progress, hold_out
+from counterflow.learning.held_out import HeldOut, Progress, fit, hold_out
 from counterflow.policies import Normaliser
 from counterflow.random import check_seed, child_seed, generator
 from counterflow.steering.aggregation import Aggregation, aggregate
@@ -302,24 +302,16 @@ class ChunkCriticLearner:
             held_out[:, of] = hold_out(
                 rollouts.episodes[of], members, config.held_out, child_seed(seed, "held out", str(outcome))
             )
-        self._held_out = on_device(held_out)
-        # Each member's own decisions first, for an even draw from them; how many they are, (M,).
-        self._order = on_device(np.argsort(held_out, axis=1, kind="stable"))
-        self._counts = on_device((~held_out).sum(1))
+        self.held_out = HeldOut(self.critic.network, held_out, device)
         self._optimiser = torch.optim.AdamW(
             self.critic.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
-        self._best = [weight.detach().clone() for weight in self.critic.network.parameters()]
-        self.held_out_error = torch.full((members,), torch.inf, device=device)
-        self._unimproved = 0
 
     def draw(self) -> Draws:
         """Draw a batch for every member."""
-        shape, device = (self.config.critic.members, self.config.batch_size), self._order.device
-        share = torch.rand(shape, generator=self._rng, device=device, dtype=torch.float64)
-        rows = self._order.gather(1, (share * self._counts[:, None]).long())
+        rows = self.held_out.draw(self.config.batch_size, self._rng)
         sizes = (self.decisions.inputs.shape[1], self.decisions.chunks.shape[1])
-        noises = [torch.randn((*shape, size), generator=self._rng, device=device) for size in sizes]
+        noises = [torch.randn((*rows.shape, size), generator=self._rng, device=rows.device) for size in sizes]
         return Draws(rows, *noises)
 
     def update(self) -> Tensor:
@@ -345,48 +337,17 @@ class ChunkCriticLearner:
         seen = (part.expand(members, -1, -1) for part in (known.inputs, known.chunks, known.tasks))
         return _values(self.critic.network, *seen)
 
-    @torch.no_grad()
     def evaluate(self) -> bool:
         """Compute held-out errors, keep the weights of members that improved; return whether any did."""
-        errors = (self.predicted() - self.decisions.outcomes).square()
-        losses = (errors * self._held_out).sum(1) / self._held_out.sum(1)
-        improved = losses < self.held_out_error
-        self.held_out_error = torch.where(improved, losses, self.held_out_error)
-        for best, weight in zip(self._best, self.critic.network.parameters(), strict=True):
-            best.copy_(torch.where(improved.view(-1, 1, 1), weight, best))
-        found = bool(improved.any())
-        self._unimproved = 0 if found else self._unimproved + 1
-        return found
+        return self.held_out.judge((self.predicted() - self.decisions.outcomes).square())
 
     def fit(self, on_progress: Callable[[Progress], None] | None = None) -> ChunkCritic:
-        """Train until no member improves any more, or the updates are used up; return the critic, frozen.
+        """Train (see `held_out.fit`); return the critic, frozen.
 
         Raises:
             DatasetError: the loss is not finite: the rollouts hold values that no network can learn.
         """
-        can_stop_early = bool(self._held_out.any(1).all())
-        losses: list[Tensor] = []
-        while self.step < self.config.steps:
-            losses.append(self.update())
-            if self.step % self.config.evaluate_every and self.step < self.config.steps:
-                continue
-            if can_stop_early:
-                self.evaluate()
-            loss = float(torch.stack(losses).mean())
-            losses.clear()
-            if not math.isfinite(loss):
-                raise DatasetError(
-                    f"the loss is {loss} at update {self.step}. Lower the learning rate, or look for extreme values in the data."
-                )
-            if on_progress is not None:
-                held_out = float(self.held_out_error.mean()) if can_stop_early else float("nan")
-                on_progress(Progress(self.step, self.config.steps, loss, held_out))
-            if can_stop_early and self._unimproved >= self.config.patience:
-                break
-        if can_stop_early:
-            with torch.no_grad():
-                for best, weight in zip(self._best, self.critic.network.parameters(), strict=True):
-                    weight.copy_(best)
+        fit(self.update, self.evaluate, self.held_out, self.config, on_progress)
         return self.critic.requires_grad_(False).eval()
 
     def report(self) -> dict[str, Any]:
@@ -398,11 +359,11 @@ class ChunkCriticLearner:
             decision of a success is judged higher than one of a failure), and `calibration`: (mean value, mean outcome,
             decisions) of as many groups, in the order of their values. None where nothing was held out.
         """
-        asked = self._held_out.any(0)
+        asked = self.held_out.mask.any(0)
         told: dict[str, Any] = {"updates": self.step, "decisions": len(self.rollouts.inputs)}
         if not bool(asked.any()):
             return told | {"held_out_error": None, "constant_error": None, "auc": None, "calibration": None}
-        weights = self._held_out.float()
+        weights = self.held_out.mask.float()
         values = ((self.predicted() * weights).sum(0) / weights.sum(0).clamp_min(1))[asked].double().cpu().numpy()
         outcomes = self.decisions.outcomes[asked].double().cpu().numpy()
         auc = area_under_curve(values, self.rollouts.success[asked.cpu().numpy()])

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from counterflow.binding import Binding
 from counterflow.errors import DatasetError, InvalidInputError, MismatchError
+from counterflow.learning.held_out import HeldOut, Progress, fit, hold_out
 from counterflow.policies import Normaliser
 from counterflow.policies.ensemble import EnsembleMLP
 from counterflow.random import check_seed, child_seed, generator
@@ -174,23 +175,6 @@ class Draws:
     masks: tuple[Tensor, ...]
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a distillation is.
-
-    Attributes:
-        step: updates done.
-        steps: updates at most.
-        loss: mean training loss since the last report, in units of the targets' standard deviation.
-        held_out_loss: mean over the members of the lowest so far; NaN without held-out episodes.
-    """
-
-    step: int
-    steps: int
-    loss: float
-    held_out_loss: float
-
-
 def regression_loss(network: EnsembleMLP, inputs: Tensor, targets: Tensor, draws: Draws, input_noise: float) -> Tensor:
     """Return each member's mean squared error (M,).
 
@@ -245,26 +229,19 @@ class DSBCLearner:
         self._inputs = self.regressor.prepare(inputs.to(device))
         self._targets = self.regressor.output_normaliser.normalise(targets.to(device))
         held_out = hold_out(examples.episodes, config.regressor.members, config.held_out, seed)
-        self._held_out = torch.from_numpy(held_out).to(device)
-        # Each member's own examples first, for an even draw from them; how many they are, (M,).
-        self._order = torch.from_numpy(np.argsort(held_out, axis=1, kind="stable")).to(device)
-        self._counts = torch.from_numpy((~held_out).sum(1)).to(device)
+        self.held_out = HeldOut(self.regressor.network, held_out, device)
         self._optimiser = torch.optim.AdamW(
             self.regressor.network.parameters(),
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self._best = [weight.detach().clone() for weight in self.regressor.network.parameters()]
-        self.held_out_loss = torch.full((config.regressor.members,), torch.inf, device=device)
-        self._unimproved = 0
 
     def draw(self) -> Draws:
         """Draw a batch for every member."""
         members, batch = self.config.regressor.members, self.config.batch_size
         device = self._inputs.device
-        share = torch.rand((members, batch), generator=self._rng, device=device, dtype=torch.float64)
-        examples = self._order.gather(1, (share * self._counts[:, None]).long())
+        examples = self.held_out.draw(batch, self._rng)
         noise = torch.randn((members, batch, self._inputs.shape[1]), generator=self._rng, device=device)
         masks: tuple[Tensor, ...] = ()
         if self.config.dropout:
@@ -292,52 +269,21 @@ class DSBCLearner:
     @torch.no_grad()
     def evaluate(self) -> bool:
         """Compute held-out losses, keep the weights of members that improved; return whether any did."""
-        network = self.regressor.network
-        predicted = network(self._inputs.expand(self.config.regressor.members, -1, -1))
-        errors = (predicted - self._targets).square().mean(2)
-        losses = (errors * self._held_out).sum(1) / self._held_out.sum(1)
-        improved = losses < self.held_out_loss
-        self.held_out_loss = torch.where(improved, losses, self.held_out_loss)
-        for best, weight in zip(self._best, network.parameters(), strict=True):
-            best.copy_(torch.where(improved.view(-1, 1, 1), weight, best))
-        found = bool(improved.any())
-        self._unimproved = 0 if found else self._unimproved + 1
-        return found
+        predicted = self.regressor.network(self._inputs.expand(self.config.regressor.members, -1, -1))
+        return self.held_out.judge((predicted - self._targets).square().mean(2))
 
     def fit(self, on_progress: Callable[[Progress], None] | None = None) -> ChunkRegressor:
-        """Train until no member improves any more, or the updates are used up; return the regressor, frozen.
+        """Train (see `held_out.fit`); return the regressor, frozen. Losses are in units of the targets' variance.
 
         Raises:
             DatasetError: the loss is not finite: the examples hold values that no network can learn.
         """
-        can_stop_early = bool(self._held_out.any())
-        losses: list[Tensor] = []
-        while self.step < self.config.steps:
-            losses.append(self.update())
-            if self.step % self.config.evaluate_every and self.step < self.config.steps:
-                continue
-            if can_stop_early:
-                self.evaluate()
-            loss = float(torch.stack(losses).mean())
-            losses.clear()
-            if not np.isfinite(loss):
-                raise DatasetError(
-                    f"the loss is {loss} at update {self.step}. Lower the learning rate, or look for extreme values in the data."
-                )
-            if on_progress is not None:
-                held_out = float(self.held_out_loss.mean()) if can_stop_early else float("nan")
-                on_progress(Progress(self.step, self.config.steps, loss, held_out))
-            if can_stop_early and self._unimproved >= self.config.patience:
-                break
-        if can_stop_early:
-            with torch.no_grad():
-                for best, weight in zip(self._best, self.regressor.network.parameters(), strict=True):
-                    weight.copy_(best)
+        fit(self.update, self.evaluate, self.held_out, self.config, on_progress)
         return self.regressor.requires_grad_(False).eval()
 
     def provenance(self) -> dict[str, Any]:
         """Return what is worth recording about the training, as plain values."""
-        held_out = [round(float(loss), 6) for loss in self.held_out_loss if torch.isfinite(loss)]
+        held_out = [round(float(loss), 6) for loss in self.held_out.loss if torch.isfinite(loss)]
         return {"updates": self.step, "held_out_loss": held_out, "examples": len(self._inputs)}
 
 
@@ -349,23 +295,6 @@ def _copy_of(initial: ChunkRegressor, binding: Binding, wanted: RegressorConfig)
             f"the noise policy to go on from is {initial.config}; the settings say {wanted}. Use the same, or begin anew."
         )
     return copy.deepcopy(initial).requires_grad_(True)
-
-
-def hold_out(episodes: npt.NDArray[np.int64], members: int, fraction: float, seed: int) -> npt.NDArray[np.bool_]:
-    """Say which examples each member holds out, (M, N): whole episodes, others for each member as far as there are.
-
-    Nothing is held out where there is a single episode, or the fraction is 0.
-    """
-    held_out = np.zeros((members, len(episodes)), dtype=bool)
-    names = np.unique(episodes)
-    if fraction == 0 or len(names) < 2:
-        return held_out
-    count = min(max(1, round(fraction * len(names))), len(names) - 1)
-    order = np.random.default_rng(child_seed(seed, "held out")).permutation(names)
-    for member in range(members):
-        chosen = np.take(order, range(member * count, (member + 1) * count), mode="wrap")
-        held_out[member] = np.isin(episodes, chosen)
-    return held_out
 
 
 def distil(

@@ -6,8 +6,8 @@ against this file alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
@@ -103,6 +103,37 @@ class ActionSpec:
                 raise InvalidInputError(
                     f"the layout names dimensions {named}; expected different ones from 0 to {self.dim - 1}."
                 )
+
+    @classmethod
+    def from_description(cls, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ActionSpec:
+        """Make the one that `description` and `tensors` tell of."""
+        layout, kind = content["layout"], content["normalisation"]
+        return cls(
+            horizon=content["horizon"],
+            dim=content["dim"],
+            low=None if content["low"] is None else tuple(content["low"]),
+            high=None if content["high"] is None else tuple(content["high"]),
+            normaliser=None if kind is None else Normaliser.from_tensors(tensors, "action", kind),
+            layout=layout
+            and ActionLayout(
+                tuple(layout["translation"]), tuple(layout["rotation"]), layout["gripper"], layout["gripper_close_sign"]
+            ),
+        )
+
+    def description(self) -> dict[str, Any]:
+        """Return everything but the numbers, as plain values, of a space without padding or past (such a one is never kept)."""
+        return {
+            "horizon": self.horizon,
+            "dim": self.dim,
+            "low": None if self.low is None else list(self.low),
+            "high": None if self.high is None else list(self.high),
+            "normalisation": None if self.normaliser is None else self.normaliser.kind,
+            "layout": None if self.layout is None else asdict(self.layout),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return its numbers, by name."""
+        return {} if self.normaliser is None else self.normaliser.tensors("action")
 
     @property
     def state_dim(self) -> int:

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from counterflow.errors import CheckpointError, CounterflowError, UnknownNameError
-from counterflow.layout import ActionLayout
+from counterflow.errors import CheckpointError, UnknownNameError
 from counterflow.policies.base import ActionSpec, as_device
-from counterflow.policies.described import Format, check_unchanged, read_described, save_described
+from counterflow.policies.described import Format, rebuild, save_described
 from counterflow.policies.flow_policy import FlowPolicy, NetworkConfig
 from counterflow.policies.normalisation import Normaliser
 
@@ -52,14 +51,7 @@ def load(path_or_name: Path | str, device: torch.device | str = "cpu") -> FlowPo
     """
     device = as_device(device)
     path = find(path_or_name)
-    content, tensors = read_described(path, FORMAT)
-    try:
-        policy = _build(content, tensors)
-    except (KeyError, TypeError, RuntimeError, CounterflowError) as error:
-        raise CheckpointError(
-            f"{path} does not hold the policy that it describes: {error}. It was changed or damaged; fetch or train it again."
-        ) from error
-    check_unchanged(path, content, policy.description(), policy.tensors())
+    policy = rebuild(path, FORMAT, _build)
     return policy.to(device).requires_grad_(False).eval()
 
 
@@ -102,27 +94,10 @@ def find(path_or_name: Path | str) -> Path:
 
 
 def _build(content: dict[str, Any], tensors: dict[str, Tensor]) -> FlowPolicy:
-    action, observation = content["action"], content["observation"]
-    layout = action["layout"]
-    if layout is not None:
-        layout = ActionLayout(
-            tuple(layout["translation"]), tuple(layout["rotation"]), layout["gripper"], layout["gripper_close_sign"]
-        )
-    normaliser = None
-    if action["normalisation"] is not None:
-        normaliser = Normaliser(tensors["action.offset"], tensors["action.scale"], action["normalisation"])
-    spec = ActionSpec(
-        horizon=action["horizon"],
-        dim=action["dim"],
-        low=None if action["low"] is None else tuple(action["low"]),
-        high=None if action["high"] is None else tuple(action["high"]),
-        normaliser=normaliser,
-        layout=layout,
-    )
     policy = FlowPolicy(
         NetworkConfig(**content["network"]),
-        Normaliser(tensors["observation.offset"], tensors["observation.scale"], observation["normalisation"]),
-        spec,
+        Normaliser.from_tensors(tensors, "observation", content["observation"]["normalisation"]),
+        ActionSpec.from_description(content["action"], tensors),
         content["family"],
     )
     weights = {name.removeprefix("network."): value for name, value in tensors.items() if name.startswith("network.")}

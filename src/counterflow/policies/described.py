@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -98,6 +99,41 @@ def read_described(path: Path, form: Format) -> tuple[dict[str, Any], dict[str, 
     return content, tensors
 
 
+class Described(Protocol):
+    """What can tell of itself completely."""
+
+    def description(self) -> dict[str, Any]:
+        """Return everything but the numbers, as plain values."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every number, by name, on the CPU."""
+
+
+Made = TypeVar("Made", bound=Described)
+
+
+def rebuild(
+    path: Path, form: Format, build: Callable[[dict[str, Any], dict[str, Tensor]], Made], called: str = "the policy"
+) -> Made:
+    """Read a file and build what it describes; check that it is what was saved.
+
+    Raises:
+        CheckpointError: the file is truncated, damaged, foreign, newer, changed, or doesn't hold what it describes.
+    """
+    content, tensors = read_described(path, form)
+    try:
+        made = build(content, tensors)
+    except (KeyError, TypeError, RuntimeError, StopIteration, CounterflowError) as error:
+        raise CheckpointError(
+            f"{path} does not hold {called} that it describes: {error}. It was changed or damaged; fetch or train it again."
+        ) from error
+    if fingerprint(made.description(), made.tensors()) != content["fingerprint"]:
+        raise CheckpointError(
+            f"{path} was changed after it was saved (its fingerprint differs); fetch or train it again."
+        )
+    return made
+
+
 def format_of(path: Path) -> str:
     """Return what kind of thing a weights' file says that it holds; "" where it says nothing or can't be read."""
     try:
@@ -105,16 +141,6 @@ def format_of(path: Path) -> str:
             return str(json.loads((file.metadata() or {})["counterflow"])["format"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         return ""
-
-
-def check_unchanged(
-    path: Path, content: dict[str, Any], description: dict[str, Any], tensors: dict[str, Tensor]
-) -> None:
-    """Raise `CheckpointError` unless what was built from a file is what was saved to it."""
-    if fingerprint(description, tensors) != content["fingerprint"]:
-        raise CheckpointError(
-            f"{path} was changed after it was saved (its fingerprint differs); fetch or train it again."
-        )
 
 
 def fingerprint(description: dict[str, Any], tensors: dict[str, Tensor]) -> str:
@@ -183,18 +209,14 @@ class DescribedModule(nn.Module):
         """
         device, path = as_device(device), Path(path)
         path = path.with_suffix(".safetensors") if path.suffix == ".json" else weights_path(path)
-        content, tensors = read_described(path, cls.FORMAT)
-        try:
-            made = cls.from_description(content, tensors)
-            made.load_state_dict(tensors)
-            made.provenance = content["provenance"]
-        except (KeyError, TypeError, RuntimeError, StopIteration, CounterflowError) as error:
-            raise CheckpointError(
-                f"{path} does not hold {cls.CALLED} that it describes: {error}. It was changed or damaged; fetch or train it "
-                "again."
-            ) from error
-        check_unchanged(path, content, made.description(), made.tensors())
-        return made.to(device).requires_grad_(False).eval()
+        return rebuild(path, cls.FORMAT, cls._built, cls.CALLED).to(device).requires_grad_(False).eval()
+
+    @classmethod
+    def _built(cls, content: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        made = cls.from_description(content, tensors)
+        made.load_state_dict(tensors)
+        made.provenance = content["provenance"]
+        return made
 
 
 def _parse(text: str, path: Path, form: Format) -> dict[str, Any]:

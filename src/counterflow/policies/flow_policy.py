@@ -145,34 +145,20 @@ class FlowPolicy(nn.Module):
 
     def description(self) -> dict[str, Any]:
         """Return everything but the numbers, as plain values: network, action space, normalisation, family."""
-        spec = self.action_spec
         return {
             "family": self.family,
             "network": asdict(self.config),
             "observation": {"dim": self.observation_dim, "normalisation": self.observation_normaliser.kind},
-            "action": {
-                "horizon": spec.horizon,
-                "dim": spec.dim,
-                "low": None if spec.low is None else list(spec.low),
-                "high": None if spec.high is None else list(spec.high),
-                "normalisation": None if spec.normaliser is None else spec.normaliser.kind,
-                "layout": None if spec.layout is None else asdict(spec.layout),
-            },
+            "action": self.action_spec.description(),
         }
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every number that makes the policy what it is, by name, on the CPU."""
         found = {f"network.{name}": value for name, value in self.network.state_dict().items()}
-        found |= _normaliser_tensors("observation", self.observation_normaliser)
-        if self.action_spec.normaliser is not None:
-            found |= _normaliser_tensors("action", self.action_spec.normaliser)
+        found |= self.observation_normaliser.tensors("observation") | self.action_spec.tensors()
         return {name: value.detach().cpu().contiguous() for name, value in found.items()}
 
     @property
     def fingerprint(self) -> str:
         """A short name for exactly this policy: whatever depends on it (noises, critics) can refuse another."""
         return fingerprint(self.description(), self.tensors())
-
-
-def _normaliser_tensors(name: str, normaliser: Normaliser) -> dict[str, Tensor]:
-    return {f"{name}.offset": normaliser.offset, f"{name}.scale": normaliser.scale}

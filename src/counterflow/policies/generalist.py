@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from counterflow.errors import CheckpointError, CounterflowError, InvalidInputError, MismatchError
+from counterflow.errors import InvalidInputError, MismatchError
 from counterflow.flow.field import inspectable
-from counterflow.layout import ActionLayout, ObservationLayout
+from counterflow.layout import ObservationLayout
 from counterflow.policies.base import ActionSpec
-from counterflow.policies.described import Format, check_unchanged, fingerprint, read_described, save_described
+from counterflow.policies.described import Format, fingerprint, rebuild, save_described
 from counterflow.policies.networks import TimeEmbedding, zero_linear
 from counterflow.policies.normalisation import Normaliser
 from counterflow.policies.text import HASHED, embed_texts
@@ -228,7 +228,6 @@ class GeneralistPolicy(nn.Module):
 
     def description(self) -> dict[str, Any]:
         """Return everything but the numbers, as plain values; the task that it is for is not part of it."""
-        spec = self.action_spec
         return {
             "family": self.family,
             "network": asdict(self.config),
@@ -238,24 +237,14 @@ class GeneralistPolicy(nn.Module):
                 "robot_normalisation": self.robot_normaliser.kind,
                 "object_normalisation": self.object_normaliser.kind,
             },
-            "action": {
-                "horizon": spec.horizon,
-                "dim": spec.dim,
-                "low": None if spec.low is None else list(spec.low),
-                "high": None if spec.high is None else list(spec.high),
-                "normalisation": None if spec.normaliser is None else spec.normaliser.kind,
-                "layout": None if spec.layout is None else asdict(spec.layout),
-            },
+            "action": self.action_spec.description(),
         }
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every number that makes the policy what it is, by name, on the CPU."""
         found = {f"network.{name}": value for name, value in self.network.state_dict().items()}
-        normalisers = {"robot": self.robot_normaliser, "object": self.object_normaliser}
-        if self.action_spec.normaliser is not None:
-            normalisers["action"] = self.action_spec.normaliser
-        for name, normaliser in normalisers.items():
-            found |= {f"{name}.offset": normaliser.offset, f"{name}.scale": normaliser.scale}
+        found |= self.robot_normaliser.tensors("robot") | self.object_normaliser.tensors("object")
+        found |= self.action_spec.tensors()
         return {name: value.detach().cpu().contiguous() for name, value in found.items()}
 
     @property
@@ -320,41 +309,17 @@ def load_generalist(path: Path, device: torch.device | str = "cpu") -> Generalis
     Raises:
         CheckpointError: the file is truncated, damaged, foreign, or written by a newer version.
     """
-    content, tensors = read_described(path, FORMAT)
-    try:
-        policy = _build(content, tensors)
-    except (KeyError, TypeError, RuntimeError, CounterflowError) as error:
-        raise CheckpointError(
-            f"{path} does not hold the policy that it describes: {error}. It was changed or damaged; fetch or train it again."
-        ) from error
-    check_unchanged(path, content, policy.description(), policy.tensors())
+    policy = rebuild(path, FORMAT, _build)
     return policy.to(device).requires_grad_(False).eval()
 
 
 def _build(content: dict[str, Any], tensors: dict[str, Tensor]) -> GeneralistPolicy:
-    action, observation = content["action"], content["observation"]
-    layout = action["layout"]
-    if layout is not None:
-        layout = ActionLayout(
-            tuple(layout["translation"]), tuple(layout["rotation"]), layout["gripper"], layout["gripper_close_sign"]
-        )
-
-    def normaliser(name: str, kind: Any) -> Normaliser:
-        return Normaliser(tensors[f"{name}.offset"], tensors[f"{name}.scale"], kind)
-
-    spec = ActionSpec(
-        horizon=action["horizon"],
-        dim=action["dim"],
-        low=None if action["low"] is None else tuple(action["low"]),
-        high=None if action["high"] is None else tuple(action["high"]),
-        normaliser=None if action["normalisation"] is None else normaliser("action", action["normalisation"]),
-        layout=layout,
-    )
+    observation = content["observation"]
     policy = GeneralistPolicy(
         GeneralistConfig(**content["network"]),
-        normaliser("robot", observation["robot_normalisation"]),
-        normaliser("object", observation["object_normalisation"]),
-        spec,
+        Normaliser.from_tensors(tensors, "robot", observation["robot_normalisation"]),
+        Normaliser.from_tensors(tensors, "object", observation["object_normalisation"]),
+        ActionSpec.from_description(content["action"], tensors),
         content["family"],
     )
     weights = {name.removeprefix("network."): value for name, value in tensors.items() if name.startswith("network.")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
@@ -72,6 +73,15 @@ class Normaliser(nn.Module):
         else:
             raise UnknownNameError("normalisation", str(kind), get_args(NormalisationKind))
         return cls(offset, scale.clamp_min(SMALLEST_SCALE), kind)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], name: str, kind: NormalisationKind) -> Normaliser:
+        """Make the one that `tensors(name)` gave."""
+        return cls(tensors[f"{name}.offset"], tensors[f"{name}.scale"], kind)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Return its numbers, named after `name`."""
+        return {f"{name}.offset": self.offset, f"{name}.scale": self.scale}
 
     @property
     def dim(self) -> int:
