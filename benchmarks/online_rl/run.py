@@ -58,8 +58,10 @@ class Arguments:
     """Run the stages of a table for these tasks alone."""
     decisions: int = DECISIONS
     """Chunks of each seed."""
-    episodes: int = 50
-    """Of an evaluation, each seed."""
+    episodes: int = 20
+    """Of an evaluation on the way, each seed."""
+    final_episodes: int = 50
+    """Of the evaluation at the end, each seed, and of the references."""
     seeds: tuple[int, ...] = SEEDS
     """Training seeds, side by side."""
     only_report: bool = False
@@ -128,7 +130,11 @@ def trained(
         return
     config, settings = preset
     settings = replace(
-        settings, decisions=arguments.decisions, episodes=arguments.episodes, evaluate_every=arguments.decisions // 6
+        settings,
+        decisions=arguments.decisions,
+        episodes=arguments.episodes,
+        final_episodes=arguments.final_episodes,
+        evaluate_every=arguments.decisions // 6,
     )
     settings = replace(settings, **changes)
     job.console.log(f"{stage}: {task}, {label}")
@@ -157,15 +163,15 @@ def references(job: Job) -> None:
             continue
         found: dict[str, Any] = {}
         prior = load_prior(task)
-        with open_env(task, job.arguments.episodes) as env:
+        with open_env(task, job.arguments.final_episodes) as env:
             for method in ("base", "frs"):
-                found[method] = evaluate(env, prior, method, job.arguments.episodes, 0).to_json()
+                found[method] = evaluate(env, prior, method, job.arguments.final_episodes, 0).to_json()
             if task in WORKS:
                 policy = DATA / "policies" / f"{short(task)}.safetensors"
                 if not policy.exists():
                     distill([recording(task, "frs", ROLLOUTS)], policy)
                 learned = ChunkRegressor.load(policy)
-                found["dsbc"] = evaluate(env, prior, "dsbc", job.arguments.episodes, 0, learned=learned).to_json()
+                found["dsbc"] = evaluate(env, prior, "dsbc", job.arguments.final_episodes, 0, learned=learned).to_json()
         write_json(path, {name: {key: one[key] for key in one if key != "outcomes"} for name, one in found.items()})
 
 

@@ -56,6 +56,7 @@ from counterflow.steering import (
     describe_bound,
 )
 
+EVALUATED = "evaluation_episodes"  # the entry of the metrics that says how many episodes of each seed a rate is of
 RECENT = 20
 """Episodes over which success in training is reported."""
 
@@ -300,7 +301,7 @@ class _Training:
                 self._report(on_progress)
             evaluating = bool(settings.episodes) and (self._due(before, settings.evaluate_every) or last)
             if evaluating:
-                self._evaluate()
+                self._evaluate((last and settings.final_episodes) or settings.episodes)
                 if last:
                     self._draw()
             if (self._due(before, settings.checkpoint_every) or evaluating or last) and agent.settled:
@@ -365,11 +366,11 @@ class _Training:
                 OnlineProgress(self.decision, self.settings.decisions, numbers, recent, dict(self.success), self.ledger)
             )
 
-    def _evaluate(self) -> None:
-        """Evaluate every seed in the environments at hand, and put these back to where they were."""
+    def _evaluate(self, count: int) -> None:
+        """Evaluate every seed for `count` episodes in the environments at hand, and put these back to where they were."""
         episodes, history = list(self.rows.episodes), [list(one) for one in self.rows.history]
-        seeds = [child_seed(child_seed(0, "validation"), "episode", index) for index in range(self.settings.episodes)]
-        told: dict[str, float] = {}
+        seeds = [child_seed(child_seed(0, "validation"), "episode", index) for index in range(count)]
+        told: dict[str, float] = {EVALUATED: float(count)}
         for index, seed in enumerate(self.seeds):
             found = run_episodes(self.agent.acting(index), self.vector, seeds, self.agent.make_reasoner)
             rate = sum(one.success for one in found) / len(found)
@@ -391,7 +392,7 @@ class _Training:
                             "decisions": line["step"],
                             "environment_steps": line[f"environment_steps/seed-{seed}"],
                             "success_rate": line[f"success/seed-{seed}"],
-                            "episodes": self.settings.episodes,
+                            "episodes": line[EVALUATED],
                         }
                     )
         write_json(
@@ -416,7 +417,7 @@ class _Training:
             if all(f"success/seed-{seed}" in line for seed in self.seeds):
                 steps = sum(line[f"environment_steps/seed-{seed}"] for seed in self.seeds) / len(self.seeds)
                 rates = [line[f"success/seed-{seed}"] for seed in self.seeds]
-                count = self.settings.episodes
+                count = round(line[EVALUATED])
                 found[round(steps)] = SuccessRate(sum(round(rate * count) for rate in rates), count * len(rates))
         return found
 

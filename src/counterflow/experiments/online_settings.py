@@ -52,6 +52,7 @@ class OnlineRun:
         start_episodes: with how many episodes the steered start is compared with the base policy; 0: not at all.
         evaluate_every: decisions of a seed between evaluations; 0: none but at the end.
         episodes: of an evaluation, each seed; 0: no evaluation at all.
+        final_episodes: of the evaluation at the end, each seed; 0: as many as of the others.
         checkpoint_every: decisions of a seed between checkpoints.
         report_every: decisions of a seed between reports.
 
@@ -79,12 +80,13 @@ class OnlineRun:
     start_episodes: int = 20
     evaluate_every: int = 1_000
     episodes: int = 50
+    final_episodes: int = 0
     checkpoint_every: int = 500
     report_every: int = 100
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        zero = ("first", "start_episodes", "evaluate_every", "episodes")
+        zero = ("first", "start_episodes", "evaluate_every", "episodes", "final_episodes")
         for setting in fields(self):
             value = getattr(self, setting.name)
             least = 0 if setting.name in zero else 1
