@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from counterflow.errors import InvalidInputError
 from counterflow.learning.bc import Precision, can_compile, choose_precision
-from counterflow.learning.state import pack_state, unpack_state
+from counterflow.learning.state import Resumable
 from counterflow.policies import NetworkConfig, as_device
 from counterflow.policies.stacked import StackedMLP
 from counterflow.random import check_seed, child_seed, generator
@@ -133,7 +133,7 @@ class Critic:
     constants: tuple[float, ...] = ()
 
 
-class OfflineLearner(ABC, Generic[Config, Batch]):
+class OfflineLearner(Resumable, ABC, Generic[Config, Batch]):
     """Trains the networks of S seeds together.
 
     Args:
@@ -249,22 +249,18 @@ class OfflineLearner(ABC, Generic[Config, Batch]):
         # Copies: a CUDA graph writes its next results over these.
         return {name: value.detach().clone() for name, value in {"loss": losses, **numbers}.items()}
 
-    def state(self) -> dict[str, Tensor]:
-        """Return everything that continuing with the same numbers needs, by name."""
-        begins = self._block_begins if self.step % BLOCK else [rng.get_state() for rng in self._rngs]
-        return pack_state(self._modules, self._optimiser, begins, self.step)
-
     def restore(self, state: dict[str, Tensor]) -> None:
         """Continue from what `state` returned.
 
         Raises:
             CheckpointError: the state is not one of a learner with these settings.
         """
-        self.step, self._block = unpack_state(state, self._modules, self._optimiser, self._rngs), None
+        super().restore(state)
+        self._block = None
 
-    def finite(self) -> bool:
-        """Whether every weight is finite (waits for the device)."""
-        return all(bool(torch.isfinite(one).all()) for one in self._parameters)
+    def _rng_states(self) -> Sequence[Tensor]:
+        # Draws are made for a block of updates at once, so going on begins with the block.
+        return self._block_begins if self.step % BLOCK else super()._rng_states()
 
     def _loss_and_cast(self, batch: Batch, draws: Any) -> Losses:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from counterflow.errors import InvalidInputError
-from counterflow.learning.state import pack_state, unpack_state
+from counterflow.learning.state import Resumable
 from counterflow.policies import as_device
 from counterflow.policies.stacked import Activation, StackedMLP
 from counterflow.random import check_seed, child_seed, generator
@@ -150,7 +150,7 @@ def policy_loss(density: Tensor, before: Tensor, advantage: Tensor, clip: float)
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean(1)
 
 
-class RFSLearner:
+class RFSLearner(Resumable):
     """Trains policies over latent and residual, many seeds at once.
 
     Args:
@@ -276,19 +276,3 @@ class RFSLearner:
         scale = (self.config.max_gradient / (squares.sqrt() + 1e-6)).clamp(max=1)
         for one in gradients:
             one.mul_(scale.view(-1, *[1] * (one.ndim - 1)))
-
-    def state(self) -> dict[str, Tensor]:
-        """Return everything that continuing with the same numbers needs, by name."""
-        return pack_state(self._modules, self._optimiser, [rng.get_state() for rng in self._rngs], self.step)
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Continue from what `state` returned.
-
-        Raises:
-            CheckpointError: the state is not one of a learner with these settings.
-        """
-        self.step = unpack_state(state, self._modules, self._optimiser, self._rngs)
-
-    def finite(self) -> bool:
-        """Whether every weight is finite (waits for the device)."""
-        return all(bool(torch.isfinite(one).all()) for one in self._modules.parameters())

@@ -25,7 +25,7 @@ from torch.nn import functional
 from counterflow.data.replay import Mix, Replay, ReplayBatch
 from counterflow.errors import InvalidInputError, UnknownNameError
 from counterflow.learning.bc import Precision, can_compile, choose_precision
-from counterflow.learning.state import pack_state, unpack_state
+from counterflow.learning.state import Resumable
 from counterflow.policies import as_device
 from counterflow.policies.stacked import Activation, StackedMLP
 from counterflow.random import check_seed, child_seed, generator
@@ -312,7 +312,7 @@ Config = TypeVar("Config", bound=SACConfig)
 Result = TypeVar("Result")
 
 
-class SACLearner(Generic[Config]):
+class SACLearner(Resumable, Generic[Config]):
     """Trains actor and critics of S seeds together.
 
     Args:
@@ -540,22 +540,6 @@ class SACLearner(Generic[Config]):
             losses = cloning_loss(self.networks["actor"], observations[chosen], actions[chosen], self.limits)
             self.optimise(losses)
         return losses.detach()
-
-    def state(self) -> dict[str, Tensor]:
-        """Return everything that continuing with the same numbers needs, by name."""
-        return pack_state(self._modules, self._optimiser, [rng.get_state() for rng in self._rngs], self.step)
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Continue from what `state` returned.
-
-        Raises:
-            CheckpointError: the state is not one of a learner with these settings.
-        """
-        self.step = unpack_state(state, self._modules, self._optimiser, self._rngs)
-
-    def finite(self) -> bool:
-        """Whether every weight is finite (waits for the device)."""
-        return all(bool(torch.isfinite(one).all()) for one in self._modules.parameters())
 
     def _copied(self, replay: Replay, updates: int) -> tuple[Tensor | None, Tensor]:
         """Draw the successes to imitate, (U, S, C), and say which seeds have any, (S,)."""
