@@ -129,12 +129,12 @@ def train(arguments: Arguments, console: Console) -> None:
 
 def keep_curve(folder: Path) -> None:
     """Keep what a run's evaluations on the way found, which runs that aren't committed would take with them."""
-    points = {}
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
+    points: dict[str, list[float]] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():  # a seed's evaluation may be a line of its own
         found = json.loads(line)
         rates = [value for name, value in found.items() if name.startswith("success/")]
         if rates:
-            points[str(found["step"])] = rates
+            points.setdefault(str(found["step"]), []).extend(rates)
     if points:
         write_json(RESULTS / "curves" / f"{folder.name}.json", points)
 
