@@ -328,17 +328,17 @@ def drive_as_person(arguments: Arguments, out: Path) -> dict[str, Any]:
             episodes += 1
             while session.state == "driving":
                 # A person looks; this one looks at the simulator. What it does goes through the page's messages alone.
-                direction = reasoner.decide(session._batch.view(0))
+                direction = reasoner.decide(session.simulator.batch.view(0))
                 presses += 1
-                before = session._episode.steps
+                before = session.episode.steps
                 # One key at a time: what comes of it then does not depend on how fast messages travel.
                 if direction.gripper != session.control.gripper or direction.axes not in names:
                     page.say(type="grip", command=direction.gripper, sequence=presses)
                 else:
                     page.say(type="tap", held=[names[direction.axes]], sequence=presses)
-                while session.state == "driving" and (session._episode.steps == before or session.is_moving):
+                while session.state == "driving" and (session.episode.steps == before or session.is_moving):
                     page.hear()
-            success = session._episode.success
+            success = session.episode.success
             successes += success
             page.say(type="command", name="keep" if success else "discard")
             page.until("finished")

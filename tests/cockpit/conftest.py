@@ -57,6 +57,22 @@ def make_session(simulator: VectorEnv, tmp_path: Path) -> Iterator[MakeSession]:
         session.close()
 
 
+@pytest.fixture(scope="session")
+def hold() -> Callable[..., float]:
+    """Holds keys for so many actions, lets go, and returns what time it is then."""
+
+    def hold(session: Session, *ways: str, actions: int = 5, now: float = 0.0) -> float:
+        for _ in range(actions):
+            session.control.report(ways, now)
+            session.advance(now)
+            now += 0.05
+        session.control.report([], now)
+        session.advance(now)
+        return now
+
+    return hold
+
+
 class Person:
     """Presses the key that the scripted reasoner would name."""
 
@@ -68,7 +84,7 @@ class Person:
     def act(self) -> None:
         """Press for a chunk."""
         session = self.session
-        direction = self._reasoner.decide(session._batch.view(0))
+        direction = self._reasoner.decide(session.simulator.batch.view(0))
         if direction.gripper != session.control.gripper:
             session.control.grip(direction.gripper, self.now)
         held = [self._names[direction.axes]] if direction.axes in self._names else []
@@ -77,7 +93,7 @@ class Person:
         else:
             session.control.grip(direction.gripper, self.now)
         session.advance(self.now)
-        while session.state == "driving" and session._chunk is not None:
+        while session.state == "driving" and session.chunk is not None:
             self.now += 0.05
             session.advance(self.now)
 
@@ -87,7 +103,7 @@ class Person:
             if self.session.state != "driving":
                 break
             self.act()
-        return self.session.state == "finished" and self.session._episode.success
+        return self.session.state == "finished" and self.session.episode.success
 
 
 @pytest.fixture

@@ -157,17 +157,17 @@ def drive(page: Any, served: Served, most: int = 150) -> bool:
     for _ in range(most):
         if session.state not in ("driving", "paused"):
             break
-        before = session._episode.steps
-        direction = reasoner.decide(session._batch.view(0))
+        before = session.episode.steps
+        direction = reasoner.decide(session.simulator.batch.view(0))
         if direction.gripper != session.control.gripper or direction.axes not in names:
             page.keyboard.press("Space")
         else:
             page.keyboard.press(KEYS[names[direction.axes]])
         for _ in range(600):
-            if session.state == "finished" or (session._episode.steps > before and not session.is_moving):
+            if session.state == "finished" or (session.episode.steps > before and not session.is_moving):
                 break
             page.wait_for_timeout(10)
-    return session.state == "finished" and session._episode.success
+    return session.state == "finished" and session.episode.success
 
 
 def test_from_key_presses_to_a_trained_policy(open_page: Callable[..., Any], served: Served) -> None:
@@ -208,11 +208,11 @@ def steps_at_rest(page: Any, session: Session) -> int:
     The page says "your turn" as soon as nobody holds a key there; on a busy machine the session hears of it a little later.
     """
     steps = -1
-    while session._episode.steps != steps:
-        steps = session._episode.steps
+    while session.episode.steps != steps:
+        steps = session.episode.steps
         page.wait_for_timeout(500)
     assert session.state == "driving"
-    assert steps < session.spec.max_episode_steps
+    assert steps < session.simulator.spec.max_episode_steps
     return steps
 
 
@@ -251,13 +251,13 @@ def test_pause_settings_and_the_next_task(open_page: Callable[..., Any], served:
     page.keyboard.press("ArrowRight")  # moves the slider, and not the robot
     page.wait_for_selector("#method-pill:has-text('K 6')")
     page.focus("#magnitude")
-    before = session.magnitude
+    before = session.helm.choice.magnitude
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("Escape")
     page.keyboard.press("2")
     page.wait_for_selector("[data-method=direct][aria-checked=true]")
-    assert session.magnitude != before
-    assert session._episode.steps == 0
+    assert session.helm.choice.magnitude != before
+    assert session.episode.steps == 0
     page.keyboard.press("n")
     page.wait_for_function("document.querySelector('#task').value.endsWith('task2')")
     state_of(page, "driving")
@@ -277,11 +277,11 @@ def test_a_second_page_watches_and_a_reload_goes_on(open_page: Callable[..., Any
     assert second.locator("[data-way=up]").is_disabled()
     session = served.session
     assert session is not None
-    index = session._episode.index
+    index = session.episode.index
     page.reload()
     page.wait_for_selector("#seat-text:has-text('you drive')")
     state_of(page, "driving")
-    assert session._episode.index == index
+    assert session.episode.index == index
     page.click("#seat-button")  # hand over
     second.click("#seat-button")
     second.wait_for_selector("#seat-text:has-text('you drive')")
@@ -290,9 +290,9 @@ def test_a_second_page_watches_and_a_reload_goes_on(open_page: Callable[..., Any
     state_of(page, "driving")
     second.close()  # the driver's tab
     page.wait_for_selector("#banner:has-text('the driver\\'s page has gone')")
-    steps = session._episode.steps
+    steps = session.episode.steps
     page.wait_for_timeout(300)
-    assert session._episode.steps == steps
+    assert session.episode.steps == steps
 
 
 def test_a_lost_line_stands_still_says_so_and_comes_back(open_page: Callable[..., Any], served: Served) -> None:
@@ -303,17 +303,17 @@ def test_a_lost_line_stands_still_says_so_and_comes_back(open_page: Callable[...
     state_of(page, "driving")
     page.keyboard.down("s")
     page.wait_for_function("Number(document.querySelector('#picture').dataset.step) > 2")
-    index = session._episode.index
+    index = session.episode.index
     served.cut()
     page.wait_for_selector("#curtain:has-text('The robot stands still')")
     page.wait_for_selector("#curtain", state="hidden")
     page.wait_for_selector("#seat-text:has-text('you drive')")
     state_of(page, "driving")
     page.wait_for_selector("#state:has-text('your turn')")  # the key was let go with the line, though it is still down
-    assert session._episode.index == index
-    steps = session._episode.steps
+    assert session.episode.index == index
+    steps = session.episode.steps
     page.wait_for_timeout(300)
-    assert session._episode.steps == steps
+    assert session.episode.steps == steps
     page.keyboard.up("s")
     page.keyboard.down("w")
     page.wait_for_function(f"Number(document.querySelector('#picture').dataset.step) > {steps}")
@@ -389,8 +389,8 @@ def test_a_killed_simulator_shows_and_comes_back(open_page: Callable[..., Any], 
     state_of(page, "driving")
     session = served.session
     assert session is not None
-    assert session._env is not None
-    os.kill(session._env._workers[0]._process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+    assert session.simulator.env is not None
+    os.kill(session.simulator.env._workers[0]._process.pid, signal.SIGKILL)  # type: ignore[arg-type]
     page.keyboard.down("s")
     state_of(page, "failed")
     page.keyboard.up("s")

@@ -35,7 +35,7 @@ def test_a_key_is_a_chunk(make_session: MakeSession) -> None:
     before = session.effector[2]
     press(keys, session, ["s", "s", "\x1b[D"])
     assert session.effector[2] < before
-    assert [len(one.step_actions) for one in session._episode.decisions] == [5, 5, 5]
+    assert [len(one.step_actions) for one in session.episode.decisions] == [5, 5, 5]
     assert any("step 15 of" in line for line in screen(session))
 
 
@@ -47,7 +47,7 @@ def test_every_key_does_what_the_help_says(make_session: MakeSession) -> None:
     press(keys, session, "g")
     assert session.control.gripper == "policy"
     press(keys, session, "2")
-    assert session.method == "direct"
+    assert session.helm.choice.method == "direct"
     press(keys, session, "6")  # there is no noise policy yet: said, not raised
     assert "no noise policy" in screen(session)[5]
     press(keys, session, "l")
@@ -57,7 +57,7 @@ def test_every_key_does_what_the_help_says(make_session: MakeSession) -> None:
     press(keys, session, "a")
     assert (session.pilot, session.state) == ("policy", "driving")
     press(keys, session, "r")
-    assert session._episode.index == 1
+    assert session.episode.index == 1
     assert not keys.press("q", 0.0)
 
 

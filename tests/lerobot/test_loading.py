@@ -455,7 +455,7 @@ class TestCommands:
                     session.control.report(["up"], 0.05 * tick)
                     assert session.advance(0.05 * tick)
                 # Of a chunk's 8 actions the policy's n_action_steps = 5 are executed.
-                assert [len(one.step_actions) for one in session._episode.decisions] == [5, 5]
+                assert [len(one.step_actions) for one in session.episode.decisions] == [5, 5]
                 session._finish()
                 session.keep()
                 session.advance(0.0)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from counterflow.cockpit.session import Frame, Session
+from counterflow.cockpit.picture import Frame
+from counterflow.cockpit.session import Session
 from counterflow.errors import CounterflowError, WorkerError
 
 MOST_WAITING = 256  # commands; a page that sends more while the simulator is busy is not listened to

@@ -7,16 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
+from counterflow.cockpit.episode import Shot
 from counterflow.envs import CameraView
 from counterflow.experiments.film import ARROW, FRAMES_PER_SECOND, describe
 from counterflow.experiments.panels import Arrow, Panel, Status, compose
 from counterflow.experiments.video import video_writer
-from counterflow.reasoners import Direction
-
-Shot = tuple[bytes, str, Direction | None, npt.NDArray[np.float64]]
 
 
 def write_film(
@@ -26,7 +23,7 @@ def write_film(
 
     Args:
         path: where it goes.
-        shots: for every frame the picture (JPEG), the method, what was said (or None), and where the gripper was, (3,) metres.
+        shots: its frames.
         camera: through which it is seen.
         max_steps: of an episode.
         success: whether the task was solved.
@@ -37,16 +34,18 @@ def write_film(
         MissingDependencyError: there is no ffmpeg.
     """
     with video_writer(path, FRAMES_PER_SECOND) as write:
-        for step, (jpeg, method, direction, effector) in enumerate(shots):
+        for step, shot in enumerate(shots):
             last = step == len(shots) - 1
             status: Status = "running" if not last else "success" if success else "unfinished"
             arrow = None
+            direction = shot.direction
             if direction is not None and direction.vector.any():
-                (x0, y0), (x1, y1) = camera.project([effector, effector + ARROW * direction.vector]).tolist()
+                ends = [shot.effector, shot.effector + ARROW * direction.vector]
+                (x0, y0), (x1, y1) = camera.project(ends).tolist()
                 arrow = Arrow((x0, y0), (x1, y1))
             panel = Panel(
-                np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")),
-                title=method or "base",
+                np.asarray(Image.open(io.BytesIO(shot.jpeg)).convert("RGB")),
+                title=shot.method or "base",
                 caption="" if direction is None else describe(direction, camera),
                 arrow=arrow,
                 step=step,

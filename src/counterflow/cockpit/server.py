@@ -24,8 +24,9 @@ from urllib.parse import urlsplit
 
 from counterflow.addresses import is_loopback
 from counterflow.cockpit.driver import Driver
+from counterflow.cockpit.picture import Frame
 from counterflow.cockpit.seats import Seats
-from counterflow.cockpit.session import Frame, Session
+from counterflow.cockpit.session import Session
 from counterflow.errors import InvalidInputError, MissingDependencyError, ServingError
 
 try:

@@ -259,13 +259,35 @@ def decision_of(
         row: the row.
         observation: (O,) what it saw before.
     """
-    steps = int(batch.steps[row])
-    chunk = plan.chunk[row]
+    seen = np.concatenate([observation[None], batch.paths[row][:-1]])
+    return decision_from(plan, row, seen, batch.rewards[row, : batch.steps[row]].astype(np.float32))
+
+
+def decision_from(
+    plan: Plan,
+    row: int,
+    seen: npt.NDArray[np.float32],
+    rewards: npt.NDArray[np.float32],
+    *,
+    intervened: bool = False,
+    base: Plan | None = None,
+) -> Decision:
+    """Return one row's decision, of which T actions were executed.
+
+    Args:
+        plan: what was decided.
+        row: the row.
+        seen: (T, O) before each executed action.
+        rewards: (T,).
+        intervened: whether an expert acted, and not the policy.
+        base: what the policy's own flow would have given; None: the plan itself is its.
+    """
+    chunk, base = plan.chunk[row], plan if base is None else base
     reference, active, steered = torch.zeros_like(chunk), False, torch.zeros_like(chunk, dtype=torch.bool)
     if plan.reference is not None and bool(plan.reference.active[row]):
         reference, active, steered = plan.reference.chunk[row], True, plan.reference.steered[row]
     return Decision(
-        observation=observation,
+        observation=seen[0],
         features=None if plan.features is None else _array(plan.features[row]),
         reference=_array(reference),
         active=active,
@@ -273,12 +295,12 @@ def decision_of(
         noise=_array(plan.noise[row]),
         start_time=float(plan.start_time[row]),
         chunk=_array(chunk),
-        intervened=False,
-        step_observations=np.concatenate([observation[None], batch.paths[row][:-1]]),
-        step_actions=_array(plan.actions[row, :steps]),
-        rewards=batch.rewards[row, :steps].astype(np.float32),
-        base_noise=_array(plan.noise[row]),
-        base_chunk=_array(plan.base_chunk[row]),
+        intervened=intervened,
+        step_observations=seen,
+        step_actions=_array(plan.actions[row, : len(rewards)]),
+        rewards=rewards,
+        base_noise=_array(base.noise[row]),
+        base_chunk=_array(base.base_chunk[row]),
     )
 
 

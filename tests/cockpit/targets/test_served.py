@@ -1,4 +1,4 @@
-"""What can be driven: policies on servers (real ones, over real websockets), objects with a field, generalists."""
+"""Policies on servers (real ones, over real websockets)."""
 
 from __future__ import annotations
 
@@ -24,18 +24,14 @@ from websockets.sync.server import serve as serve_websocket
 
 from counterflow.binding import Binding
 from counterflow.cockpit.session import Session, SessionSettings
-from counterflow.cockpit.targets import METHODS, LocalTarget, ServedTarget, open_target
+from counterflow.cockpit.targets import METHODS, Request, ServedTarget, Target, open_target
 from counterflow.data import SteeringDataset
 from counterflow.envs import describe
 from counterflow.errors import InvalidInputError, MismatchError, ServingError
-from counterflow.experiments.evaluate import load_prior
 from counterflow.flow import denoise
 from counterflow.policies import (
-    ActionSpec,
     BasePolicy,
     FieldPolicy,
-    GeneralistConfig,
-    GeneralistPolicy,
     Normaliser,
     bind,
 )
@@ -46,12 +42,8 @@ from counterflow.steering import ChunkRegressor, Intention, MethodSettings, bind
 
 TASK = "ogbench/cube-single-task1"
 MakeSession = Callable[..., Session]
+Hold = Callable[..., float]
 SETTINGS = MethodSettings(candidates=8)
-
-
-@pytest.fixture(scope="module")
-def prior() -> BasePolicy:
-    return load_prior(TASK)
 
 
 @contextmanager
@@ -84,22 +76,12 @@ def at(server: PolicyServer) -> str:
     return server.url.replace("ws://", "serve://")
 
 
-def hold(session: Session, *ways: str, actions: int = 5, now: float = 0.0) -> float:
-    for _ in range(actions):
-        session.control.report(ways, now)
-        session.advance(now)
-        now += 0.05
-    session.control.report([], now)
-    session.advance(now)
-    return now
-
-
-def act(target: ServedTarget | LocalTarget, method: str, reference: Any = None, learned: Any = None) -> Any:
+def act(target: Target, method: str, reference: Any = None, learned: Any = None) -> Any:
     observation = np.full((1, describe(TASK).observation_dim), 0.1, np.float32)
-    return target.act(method, SETTINGS, learned, observation, reference, RowGenerators([0]))
+    return target.act(Request(method, SETTINGS, learned, observation, reference, RowGenerators([0])))
 
 
-def offered(target: ServedTarget | LocalTarget) -> list[str]:
+def offered(target: Target) -> list[str]:
     return [method for method in METHODS if not target.lacks(method)]
 
 
@@ -110,7 +92,7 @@ class TestACounterflowServer:
         """Drive to successes, keep, train, let the noise policy drive the server's flow, help it, train again."""
         with serving(prior) as server:
             session = make_session(policy=at(server))
-            assert session.method == "frs"
+            assert session.helm.choice.method == "frs"
             assert server.url in session.describe()["target"]
             session.resume()
             for _ in range(2):
@@ -139,13 +121,13 @@ class TestACounterflowServer:
             session.advance(100.0)
             session.control.report([], 100.0)
             session.advance(100.0)
-            assert session._chunk is not None
+            assert session.chunk is not None
             with torch.no_grad():
-                seen = torch.from_numpy(session._chunk.observation[None])
+                seen = torch.from_numpy(session.chunk.observation[None])
                 noise = learned(seen)
                 expected = denoise(bind(prior, prior.encode(seen)), noise, 5).clamp(-1, 1)[0].numpy()
-            np.testing.assert_allclose(session._chunk.plan.noise, noise, atol=1e-5)
-            np.testing.assert_allclose(session._chunk.plan.chunk[0], expected, atol=1e-3)
+            np.testing.assert_allclose(session.chunk.plan.noise, noise, atol=1e-5)
+            np.testing.assert_allclose(session.chunk.plan.chunk[0], expected, atol=1e-3)
             assert make_person(session).solve()
             session.begin()
             session.advance(0.0)
@@ -158,7 +140,7 @@ class TestACounterflowServer:
             training = session.describe()["training"]
             assert (training["state"], training["algorithm"]) == ("done", "dagger"), training
             again = make_session(policy=at(server))  # and what was learned is there the next time
-            assert list(again.learned) == ["noise-policy-1", "noise-policy-2"]
+            assert list(again.noise_policies.learned) == ["noise-policy-1", "noise-policy-2"]
 
     @pytest.mark.parametrize(
         ("method", "expected", "first"),
@@ -251,7 +233,7 @@ class TestACounterflowServer:
             target.close()
 
     def test_one_that_goes_away_pauses_and_one_that_comes_back_is_driven_again(
-        self, make_session: MakeSession, prior: BasePolicy
+        self, make_session: MakeSession, prior: BasePolicy, hold: Hold
     ) -> None:
         with serving(prior) as server:
             port = int(server.url.rsplit(":", 1)[1])
@@ -261,11 +243,11 @@ class TestACounterflowServer:
         now = hold(session, "up", now=now)
         assert session.state == "paused"
         assert "went away" in session.reason or "can't be reached" in session.reason
-        assert session._episode.steps == 5
+        assert session.episode.steps == 5
         with serving(prior, port=port):
             session.resume()
             now = hold(session, "up", now=now)
-            assert session._episode.steps == 10
+            assert session.episode.steps == 10
         other = FieldPolicy(lambda x, t, _: -x, prior.action_spec, name="another")
         with serving(other, port=port):
             session.resume()
@@ -273,14 +255,14 @@ class TestACounterflowServer:
             session.resume()
             hold(session, "up", now=now)
             assert "expects policy" in session.reason
-            assert session._episode.steps == 10
+            assert session.episode.steps == 10
 
     def test_samples_are_asked_for_beside_the_driving(
         self, make_session: MakeSession, prior: BasePolicy, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with serving(prior) as server, ThreadPoolExecutor(1) as pool:
             session = make_session(policy=at(server))
-            monkeypatch.setattr(session, "_questions", pool)
+            monkeypatch.setattr(session.picture, "questions", pool)
             let = threading.Event()
             first: Future[Any] = pool.submit(let.wait)  # nothing in the background gets anywhere
             session.resume()
@@ -290,8 +272,8 @@ class TestACounterflowServer:
             assert "fan" not in session.frame.overlay
             let.set()
             first.result(30)
-            assert session._sampling is not None
-            session._sampling[0].result(30)
+            assert session.picture.sampling is not None
+            session.picture.sampling.answer.result(30)
             session.advance(0.0)
             assert len(session.frame.overlay["fan"]) == 12
 
@@ -331,7 +313,9 @@ def make_regressor(binding: Binding, dim: int, inputs: Any = "observation") -> C
 
 
 class TestAServerOfOthers:
-    def test_it_is_driven_from_outside_and_nothing_is_kept(self, make_session: MakeSession, tmp_path: Path) -> None:
+    def test_it_is_driven_from_outside_and_nothing_is_kept(
+        self, make_session: MakeSession, tmp_path: Path, hold: Hold
+    ) -> None:
         rng = np.random.default_rng(0)
         seen: list[Any] = []
 
@@ -341,14 +325,14 @@ class TestAServerOfOthers:
 
         with foreign_server(answer) as address:
             session = make_session(policy=address)
-            assert offered(session.target) == ["base", "direct", "rank"]  # type: ignore[arg-type]
-            assert session.method == "rank"
+            assert offered(session.target) == ["base", "direct", "rank"]
+            assert session.helm.choice.method == "rank"
             session.resume()
             hold(session, "up", actions=4)
-            assert session._episode.steps == 4
+            assert session.episode.steps == 4
             assert len(seen) == 1 + 16 + 12  # its size, the candidates, the fan
             assert {frozenset(message) for message in seen} == {frozenset({"observation"})}
-            assert session._episode.decisions[0].start_time == 1.0
+            assert session.episode.decisions[0].start_time == 1.0
             session._finish()
             with pytest.raises(MismatchError, match="can't be kept"):
                 session.keep()
@@ -366,74 +350,3 @@ class TestAServerOfOthers:
             pytest.raises(MismatchError, match="actions of 7 numbers"),
         ):
             ServedTarget(address, TASK)
-
-
-def test_an_object_with_a_field_is_driven_kept_and_learned_from(
-    make_session: MakeSession, make_person: Any, prior: BasePolicy, tmp_path: Path
-) -> None:
-    policy = FieldPolicy(lambda x, t, seen: prior.velocity(seen, x, t), prior.action_spec, prior.encode, name="mine")
-    session = make_session(policy=policy)
-    session.resume()
-    for _ in range(2):
-        assert make_person(session).solve()
-        session.begin()
-    session.start_training()
-    session.advance(0.0)
-    assert session.describe()["training"]["state"] == "done"
-    learned = ChunkRegressor.load(tmp_path / "run" / "policies" / "noise-policy-1")
-    assert learned.config.inputs == "observation"  # it offers no features
-    assert learned.binding.policy == policy.fingerprint
-    session.choose(method="dsbc", pilot="policy")
-    session.control.report([], 0.0)
-    session.advance(0.0)
-    assert session.is_moving
-
-
-def test_an_object_that_does_not_say_what_its_actions_do(make_session: MakeSession, prior: BasePolicy) -> None:
-    spec = prior.action_spec
-    policy = FieldPolicy(lambda x, t, _: -x, ActionSpec(spec.horizon, spec.dim, spec.low, spec.high))
-    with pytest.raises(MismatchError, match="Give its ActionSpec a layout"):
-        make_session(policy=policy)
-
-
-def test_a_policy_without_a_flow_is_only_watched(make_session: MakeSession, prior: BasePolicy) -> None:
-    policy = FieldPolicy(lambda x, t, _: -x, prior.action_spec)
-    policy.has_flow = False  # type: ignore[attr-defined]
-    target = LocalTarget(policy, TASK)
-    assert offered(target) == ["base"]
-    target.check(SETTINGS)
-    assert target.binding is None
-    with pytest.raises(InvalidInputError, match="no flow to steer"):
-        make_session(policy=policy, method="frs")
-
-
-def test_a_generalist_is_told_of_each_task(tmp_path: Path) -> None:
-    pytest.importorskip("metaworld", reason="Meta-World is not installed: counterflow[metaworld]")
-    first, second = "metaworld/drawer-close-v3", "metaworld/handle-press-v3"
-    spec = describe(first)
-    assert spec.observation_layout is not None
-    robot, object_ = len(spec.observation_layout.robot), spec.observation_layout.object_dim
-    torch.manual_seed(0)
-    config = GeneralistConfig(width=16, encoder_depth=1, depth=1, heads=2, name_dim=8, sentence_dim=12, max_objects=4)
-    scale = Normaliser(torch.zeros(object_ + 3), torch.ones(object_ + 3))
-    actions = ActionSpec(4, spec.action_dim, spec.action_low, spec.action_high, layout=spec.action_layout)
-    policy = GeneralistPolicy(config, Normaliser(torch.zeros(robot), torch.ones(robot)), scale, actions, "metaworld")
-    session = Session(SessionSettings(first, tmp_path, policy=policy.requires_grad_(False).eval(), size=64, workers=0))
-    try:
-        for task in (first, second):
-            if task != first:
-                session.go_to(task)
-            assert isinstance(session.target, LocalTarget)
-            session.resume()
-            hold(session, "up")
-            assert session._episode.steps == 5
-            expected = policy.for_task(describe(task).task, describe(task).observation_layout)
-            given = session.target.policy.encode(torch.from_numpy(session._batch.observation))
-            for name, value in expected.encode(torch.from_numpy(session._batch.observation)).items():
-                torch.testing.assert_close(given[name], value)
-        session._finish()
-        session.keep()
-        session.advance(0.0)
-        assert [note["kind"] for note in session.notes] == ["done"], session.notes
-    finally:
-        session.close()

@@ -1,0 +1,90 @@
+"""What the chain does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from counterflow.errors import InvalidInputError, UnknownNameError
+from counterflow.experiments.generalist import TRAINING
+from counterflow.learning import BCConfig
+from counterflow.policies import GeneralistConfig
+
+
+@dataclass(frozen=True)
+class SuiteSettings:
+    """What the chain does.
+
+    Attributes:
+        family: "metaworld" or "libero"; its split is `counterflow/envs/tasks/held_out.json`.
+        tasks: leave all other tasks out (for a trial); empty: all of the split.
+        policy: another policy than the one that is trained here: a checkpoint or run folder.
+        convention: how directions are written into references, "ogbench" or "paper".
+        gripper: what references say of the gripper: what the reasoner does ("said"), or as in the paper nothing ("hold").
+        reasoner_error, reasoner_delay: how often the reasoner is wrong, and how many chunks late it is.
+        seed: what everything descends from.
+        episodes: for each method on each task.
+        expert_episodes: for each task's expert.
+        demonstrations: successful ones, for each training task.
+        noise: of the experts' motion, in the first two stages.
+        architecture, learning: of the generalist.
+        low: base success up to which a held-out task counts as one that the generalist fails.
+        regime: base success up to which a held-out task is steered at all (the paper's 40%).
+        choosing_tasks, choosing_episodes: with which K, tau and n are chosen.
+        reversals, taus, candidates: among what; of equally good ones the first.
+        distilled: how many tasks are distilled, at most.
+        successes: how many steered successes each is distilled from.
+        works, hard: how many tasks reinforcement learning is tried on, of those where FRS works and of the others.
+        decisions: of reinforcement learning, for each seed.
+        learning_seeds: of reinforcement learning.
+        guided: for the guidance table, how many tasks the critic has seen, and as many that it hasn't.
+        rollouts: of the generalist alone, for each task that the critic has seen.
+        workers: processes of the first two stages.
+
+    Raises:
+        UnknownNameError: there is no split of that family.
+        InvalidInputError: a number is out of range.
+    """
+
+    family: str = "metaworld"
+    tasks: tuple[str, ...] = ()
+    policy: str | None = None
+    convention: str = "ogbench"
+    gripper: Literal["said", "hold", "policy"] = "said"
+    reasoner_error: float = 0.0
+    reasoner_delay: int = 0
+    seed: int = 0
+    episodes: int = 20
+    expert_episodes: int = 10
+    demonstrations: int = 50
+    noise: float = 0.1
+    architecture: GeneralistConfig = field(default_factory=lambda: GeneralistConfig(width=96, encoder_depth=2, depth=3))
+    learning: BCConfig = field(default_factory=lambda: replace(TRAINING, steps=25_000))
+    low: float = 0.1
+    regime: float = 0.4
+    choosing_tasks: int = 6
+    choosing_episodes: int = 10
+    reversals: tuple[int, ...] = (5, 3, 10, 20)
+    taus: tuple[float, ...] = (0.5, 0.3, 0.7, 0.9)
+    candidates: tuple[int, ...] = (16, 4, 8)
+    distilled: int = 15
+    successes: int = 18
+    works: int = 6
+    hard: int = 3
+    decisions: int = 3_000
+    learning_seeds: tuple[int, ...] = (0,)
+    guided: int = 5
+    rollouts: int = 50
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        """Check family and numbers."""
+        if self.family not in ("metaworld", "libero"):
+            raise UnknownNameError("family with a split", self.family, ["metaworld", "libero"])
+        for name in ("episodes", "expert_episodes", "demonstrations", "choosing_tasks", "choosing_episodes", "successes",
+                     "decisions", "rollouts", "workers"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"{name} is {getattr(self, name)}; expected 1 or more.")
+        for name in ("low", "regime"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InvalidInputError(f"{name} is {getattr(self, name)}; expected a rate from 0 to 1.")

@@ -1,0 +1,135 @@
+"""The stages that steer the generalist, distil it and guide it, and measure what comes of that."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from counterflow.errors import DatasetError
+from counterflow.experiments.compare import Contender
+from counterflow.experiments.critic import train_critic
+from counterflow.experiments.distill import distill
+from counterflow.experiments.generalist_suite.suite import Suite, partial, rank, reversal, slug
+from counterflow.experiments.record import record
+from counterflow.experiments.statistics import MeanRate
+from counterflow.files import write_json
+from counterflow.learning import ChunkCriticConfig, DSBCConfig
+from counterflow.steering import RegressorConfig
+
+DSBC = DSBCConfig()
+BC = replace(DSBC, regressor=RegressorConfig(target="action", bound=None))
+MOST_TRIES = 100  # episodes in which one success of a hard task is looked for
+
+
+def base(suite: Suite) -> None:
+    """Measure the generalist alone on every task."""
+    for task in suite.tasks:
+        suite.evaluate("base", task, [Contender("base", "base")])
+
+
+def choose(suite: Suite) -> None:
+    """Choose K, tau and n on tasks that are in no table of steering."""
+    settings, tasks = suite.settings, suite.choosing()
+    grids: dict[str, dict[Any, Contender]] = {
+        "frs": {value: reversal(value) for value in settings.reversals},
+        "partial": {value: partial(value) for value in settings.taus},
+        "rank": {value: rank(value) for value in settings.candidates},
+    }
+    for task in tasks:
+        every = [contender for grid in grids.values() for contender in grid.values()]
+        suite.evaluate("choose", task, every, settings.choosing_episodes)
+    rates = suite.rates("choose")
+    means = {
+        method: {
+            value: MeanRate(tuple(rates[contender.label][task] for task in tasks)) for value, contender in grid.items()
+        }
+        for method, grid in grids.items()
+    }
+    write_json(
+        suite.results / "chosen.json",
+        {
+            "policy": suite.fingerprint,
+            "reasoner": suite.reasoner.to_json(),
+            "tasks": tasks,
+            "settings": {method: max(found, key=lambda value: found[value].rate) for method, found in means.items()},
+            "means": {
+                method: [{"setting": value, **rate.to_json()} for value, rate in found.items()]
+                for method, found in means.items()
+            },
+        },
+    )
+
+
+def zero_shot(suite: Suite) -> None:
+    """Steer every held-out task of the regime by all methods, the lowest base first."""
+    for task in suite.steered():
+        suite.evaluate("zero_shot", task, list(suite.contenders().values()))
+
+
+def steered_successes(suite: Suite, task: str, successes: int, folder: str = "steered") -> Path | None:
+    """Return the folder of a task's FRS rollouts, recorded as far as they are missing; None: too few succeed."""
+    out = suite.data / folder / f"{slug(task)}-{suite.chosen()['frs']}"
+    try:
+        record(
+            task,
+            "frs",
+            out,
+            successes=successes,
+            seed=suite.settings.seed,
+            settings=suite.contenders()["frs"].settings,
+            reasoner=suite.reasoner,
+            policy=suite.policy,
+            max_episodes=MOST_TRIES if successes == 1 else 20 * successes,
+        )
+    except DatasetError as error:
+        suite.log(f"{task}: {error}")
+        return None
+    return out
+
+
+def distillation(suite: Suite) -> None:
+    """Distil where FRS works: base, BC, DSBC, FRS."""
+    settings = suite.settings
+    for task in suite.working()[: settings.distilled]:
+        rollouts = steered_successes(suite, task, settings.successes)
+        if rollouts is None:
+            continue
+        found = suite.contenders()
+        contenders = [found["base"], found["frs"]]
+        for method, config in (("bc", BC), ("dsbc", DSBC)):
+            out = suite.data / "distilled" / f"{rollouts.name}-{settings.successes}-{method}.safetensors"
+            if not out.exists():
+                out.parent.mkdir(parents=True, exist_ok=True)
+                distill([rollouts], out, config, first=settings.successes, seed=settings.seed)
+            contenders.append(Contender(method, method, learned=str(out)))
+        suite.evaluate("distillation", task, contenders)
+
+
+def guidance(suite: Suite) -> None:
+    """Guide by a critic that learned from the generalist's own rollouts, on tasks that it has seen and others."""
+    settings = suite.settings
+    seen, unseen = suite.critics_tasks()
+    if not seen:
+        suite.log("guidance: the generalist always fails or always succeeds, so there is nothing to learn from")
+        return
+    folders = []
+    for task in seen:
+        suite.log(f"guidance: rollouts of {task}")
+        folders.append(suite.data / "alone-for-critic" / slug(task))
+        record(
+            task,
+            "base",
+            folders[-1],
+            episodes=settings.rollouts,
+            seed=settings.seed,
+            policy=suite.policy,
+            every_step=False,
+        )
+    out = suite.data / f"critic-{len(seen)}-{settings.rollouts}.safetensors"
+    if not out.exists():
+        critic = train_critic(folders, out, ChunkCriticConfig(), seed=settings.seed)
+        write_json(suite.results / "critic.json", {"policy": suite.fingerprint, **critic.provenance})
+    for task in (*seen, *unseen):
+        suite.evaluate("guidance", task, [Contender("base", "base"), Contender("guided", "qgf", critic=str(out))])
+    write_json(suite.results / "guidance-tasks.json", {"policy": suite.fingerprint, "seen": seen, "unseen": unseen})

@@ -1,0 +1,245 @@
+"""The chain in its folder: what was measured, and by which rules on that the next stages take their tasks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from counterflow.envs import expand_tasks
+from counterflow.errors import CounterflowError, DatasetError
+from counterflow.experiments.compare import Contender, compare, comparison_of, read_results
+from counterflow.experiments.demonstrate import archive_of
+from counterflow.experiments.evaluate import ReasonerSettings, policy_name
+from counterflow.experiments.generalist_suite.settings import SuiteSettings
+from counterflow.experiments.statistics import SuccessRate
+from counterflow.policies import load
+from counterflow.steering import MethodSettings
+
+KINDS = ("held-out-goals", "held-out-pairs", "held-out-scenes")
+SEEDS: dict[str, int] = {"zero_shot": 0, "base": 1, "choose": 1, "distillation": 2, "guidance": 3}
+"""What is added to the seed: no table is made of the episodes by which its tasks were chosen."""
+GAIN = 0.1 - 1e-9
+"""Ten points more than the base: what counts as a task where a method works."""
+REFERRING = ("direct", "partial", "rank", "frs")
+
+
+class Suite:
+    """The chain in a folder: results/ (to be kept), data/ and runs/ (made again by the same call).
+
+    Args:
+        settings: what it does.
+        folder: where.
+        log: where it says how far it is.
+    """
+
+    def __init__(self, settings: SuiteSettings, folder: Path | str, log: Callable[[str], None] = print) -> None:
+        self.settings, self.folder, self.log = settings, Path(folder), log
+        self.results = self.folder / "results"
+        family = settings.family
+        known = set(expand_tasks(settings.tasks)) if settings.tasks else None
+        self.training = [task for task in expand_tasks([f"{family}/train"]) if known is None or task in known]
+        self.held_out = {
+            kind: [task for task in expand_tasks([f"{family}/{kind}"]) if known is None or task in known]
+            for kind in KINDS
+        }
+
+    @property
+    def tasks(self) -> list[str]:
+        """Training tasks, then held-out ones."""
+        return [*self.training, *(task for tasks in self.held_out.values() for task in tasks)]
+
+    def kind_of(self, task: str) -> str:
+        """Return the kind of a held-out task, or "train"."""
+        return next((kind for kind, tasks in self.held_out.items() if task in tasks), "train")
+
+    @property
+    def policy(self) -> str:
+        """The generalist: the one that was given, or the run in this folder."""
+        return self.settings.policy or str(self.folder / "runs" / "generalist")
+
+    @property
+    def reasoner(self) -> ReasonerSettings:
+        """Who gives the references, and how they are written."""
+        settings = self.settings
+        said = settings.reasoner_error, settings.reasoner_delay, settings.convention
+        return ReasonerSettings(*said, gripper=settings.gripper)
+
+    def asked_by(self, method: str) -> ReasonerSettings:
+        """Return whom a method asks; of one that asks nobody, nothing that its results could depend on."""
+        return self.reasoner if method in REFERRING else ReasonerSettings()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Which policy it is; of one that is not there any more, what the results say."""
+        try:
+            return policy_name(load(self.policy))
+        except CounterflowError as error:
+            known = self.read("generalist")
+            if known is None:
+                raise DatasetError(f"there is no generalist yet ({error}) Run the stage 'generalist' first.") from error
+            return str(known["policy"])
+
+    @property
+    def data(self) -> Path:
+        """Where recordings of this policy and reasoner go, and what was learned from them: others are not taken for them."""
+        said = self.reasoner
+        return (
+            self.folder
+            / "data"
+            / f"{self.fingerprint[:16]}-{said.convention}-{said.gripper}-{said.error:g}-{said.delay}"
+        )
+
+    def read(self, name: str) -> Any:
+        """Return what results/<name>.json holds, or None."""
+        path = self.results / f"{name}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def rates(self, stage: str) -> dict[str, dict[str, SuccessRate]]:
+        """Return what a stage measured of the present policy: label -> task -> rate."""
+        tasks = set(self.tasks)
+        return comparison_of(
+            [
+                result
+                for path in sorted((self.results / stage).glob("*.json"))
+                for result in read_results(path)
+                if (result["policy"], result["asked"]["reasoner"])
+                == (self.fingerprint, self.asked_by(result["steer"]).to_json())
+                and result["env"] in tasks
+            ]
+        ).rates
+
+    def evaluate(self, stage: str, task: str, contenders: Sequence[Contender], episodes: int | None = None) -> None:
+        """Evaluate on one task what is missing."""
+        settings = self.settings
+        compare(
+            [task],
+            [replace(one, reasoner=self.asked_by(one.method)) for one in contenders],
+            settings.episodes if episodes is None else episodes,
+            settings.seed + SEEDS[stage],
+            policy=self.policy,
+            path=self.results / stage / f"{slug(task)}.json",
+            on_start=lambda name, contender: self.log(f"{stage}: {name}, {contender.label}"),
+        )
+
+    def base_rates(self) -> dict[str, SuccessRate]:
+        """Return the base's rates by which tasks are chosen.
+
+        Raises:
+            DatasetError: they were not measured yet.
+        """
+        rates = self.rates("base").get("base", {})
+        missing = [task for task in self.tasks if task not in rates]
+        if missing:
+            raise DatasetError(
+                f"the generalist was not measured on {len(missing)} tasks ({missing[0]} ...), by which the next stages choose "
+                "theirs. Run the stage 'base' to its end first."
+            )
+        return {task: rates[task] for task in self.tasks}
+
+    def choosing(self) -> list[str]:
+        """The tasks on which K, tau and n are chosen: of the training split, those at which the generalist succeeds least."""
+        rates = self.base_rates()
+        return sorted(self.training, key=lambda task: (rates[task].rate, task))[: self.settings.choosing_tasks]
+
+    def steered(self) -> list[str]:
+        """The held-out tasks in the zero-shot table: those with base success in the regime, the lowest first."""
+        rates = self.base_rates()
+        found = [task for tasks in self.held_out.values() for task in tasks if rates[task].rate <= self.settings.regime]
+        return sorted(found, key=lambda task: (rates[task].rate, task))
+
+    def failed(self) -> list[str]:
+        """The tasks of the zero-shot table that the generalist fails."""
+        rates = self.base_rates()
+        return [task for task in self.steered() if rates[task].rate <= self.settings.low]
+
+    def chosen(self) -> dict[str, Any]:
+        """Return the chosen settings: "frs" K, "partial" tau, "rank" n.
+
+        Raises:
+            DatasetError: they were not chosen yet, or for another policy.
+        """
+        found = self.read("chosen")
+        if found is None or (found["policy"], found["reasoner"]) != (self.fingerprint, self.reasoner.to_json()):
+            raise DatasetError(
+                f"{self.results} holds no K, tau and n for this policy and reasoner. Run the stage 'choose' first."
+            )
+        return dict(found["settings"])
+
+    def contenders(self) -> dict[str, Contender]:
+        """Return the five of the zero-shot table, with the chosen settings."""
+        chosen = self.chosen()
+        return {
+            "base": Contender("base", "base"),
+            "direct": Contender("direct", "direct"),
+            "partial": partial(chosen["partial"]),
+            "rank": rank(chosen["rank"]),
+            "frs": reversal(chosen["frs"]),
+        }
+
+    def zero_shot_gains(self) -> dict[str, tuple[float, float]]:
+        """Return of every task in the zero-shot table FRS's success, and how much more that is than the base's."""
+        rates, label = self.rates("zero_shot"), self.contenders()["frs"].label
+        base, steered = rates.get("base", {}), rates.get(label, {})
+        missing = [task for task in self.steered() if task not in base or task not in steered]
+        if missing:
+            raise DatasetError(f"{missing[0]} was not steered yet. Run the stage 'zero_shot' to its end first.")
+        return {task: (steered[task].rate, steered[task].rate - base[task].rate) for task in self.steered()}
+
+    def working(self) -> list[str]:
+        """The tasks where FRS gains ten points or more, the greatest gain first."""
+        gains = self.zero_shot_gains()
+        return sorted((task for task in gains if gains[task][1] >= GAIN), key=lambda task: (-gains[task][1], task))
+
+    def hardest(self) -> list[str]:
+        """The tasks where FRS hardly works, those with a success first: reinforcement learning begins from one."""
+        gains, works = self.zero_shot_gains(), self.working()
+        return sorted(
+            (task for task in gains if task not in works), key=lambda task: (gains[task][0] == 0, gains[task][0], task)
+        )[: self.settings.hard]
+
+    def asked_of_learning(self) -> dict[str, Any]:
+        """Return what must agree for a result of reinforcement learning to count."""
+        settings = self.settings
+        return {
+            "policy": self.fingerprint,
+            "reasoner": self.reasoner.to_json(),
+            "steps": self.chosen()["frs"],
+            "decisions": settings.decisions,
+            "seeds": list(settings.learning_seeds),
+        }
+
+    def critics_tasks(self) -> tuple[list[str], list[str]]:
+        """The tasks whose rollouts the critic learns from, and those that it never sees: by turns, the most even first.
+
+        Only tasks where the generalist neither always fails nor always succeeds say anything of guidance.
+        """
+        rates = self.base_rates()
+        even = sorted(
+            (task for task, rate in rates.items() if 0.1 <= rate.rate <= 0.9),
+            key=lambda task: (abs(rates[task].rate - 0.5), task),
+        )[: 2 * self.settings.guided]
+        return even[::2], even[1::2]
+
+
+def slug(task: str) -> str:
+    """Return a task's name as a file's."""
+    return archive_of(Path(), task).stem
+
+
+def reversal(steps: int) -> Contender:
+    """Return Flow Reversal Steering with one K."""
+    return Contender(f"FRS, K = {steps}", "frs", MethodSettings(reversal_steps=steps))
+
+
+def partial(tau: float) -> Contender:
+    """Return partial noising at one level."""
+    return Contender(f"partial, tau = {tau:g}", "partial", MethodSettings(tau=tau))
+
+
+def rank(candidates: int) -> Contender:
+    """Return sample-and-rank with one number of candidates."""
+    return Contender(f"rank, n = {candidates}", "rank", MethodSettings(candidates=candidates))

@@ -1,0 +1,68 @@
+"""The stage that measures how fast it all is."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from counterflow.envs import make_env
+from counterflow.experiments.evaluate import ReasonerSettings, load_prior, machine
+from counterflow.experiments.generalist_suite.suite import Suite
+from counterflow.experiments.rollout import seen_by
+from counterflow.files import write_json
+from counterflow.random import child_seed
+from counterflow.reasoners import to_reference
+from counterflow.steering import steer
+
+SPEED_CHUNKS = 40
+
+
+def speed(suite: Suite) -> None:
+    """Measure environment steps a second, and where the time of a steered episode goes."""
+    task = next(task for tasks in suite.held_out.values() for task in tasks)
+    prior = load_prior(task, suite.policy)
+    spec = prior.action_spec
+    length = spec.horizon if spec.executed is None else spec.executed
+    found: dict[str, Any] = {"task": task, "horizon": length, "machine": machine(), "rows": []}
+    for rows in (1, 4, 16):
+        with make_env(task, rows) as env:
+            batch = env.reset({row: child_seed(suite.settings.seed, row) for row in range(rows)})
+            still = np.zeros((rows, length, spec.dim), np.float32)
+            steps, began = 0, time.perf_counter()
+            for _ in range(SPEED_CHUNKS):
+                batch = env.execute(still, rows=list(range(rows)))
+                steps += int(batch.steps.sum())
+                if batch.done.any():
+                    break
+            simulating = (time.perf_counter() - began) / steps
+            reasoner = ReasonerSettings().maker(task)()
+            reasoner.reset(0)
+            began = time.perf_counter()
+            said = [reasoner.decide(seen_by(reasoner, env, batch, row)) for row in range(rows) for _ in range(10)]
+            thinking = (time.perf_counter() - began) / len(said)
+            observation = torch.from_numpy(batch.observation)
+            reference = to_reference(said[::10], spec)
+            computing = {}
+            for method in ("base", "frs"):
+                policy = steer(prior, method)
+                policy.act(observation, reference if method == "frs" else None, 0)
+                began = time.perf_counter()
+                for _ in range(10):
+                    policy.act(observation, reference if method == "frs" else None, 0)
+                computing[method] = (time.perf_counter() - began) / 10 / rows
+        found["rows"].append(
+            {
+                "environments": rows,
+                "steps_per_second": 1 / simulating,
+                "seconds_per_chunk": {
+                    "simulator": simulating * length,
+                    "reasoner": thinking,
+                    **{f"policy, {method}": seconds for method, seconds in computing.items()},
+                },
+            }
+        )
+        suite.log(f"speed: {rows} environments, {1 / simulating:.0f} steps a second")
+    write_json(suite.results / "speed.json", found)
