@@ -34,7 +34,8 @@ from counterflow.envs import Batch, CameraView, EnvSpec, RenderSettings, VectorE
 from counterflow.errors import CounterflowError, InvalidInputError, MismatchError, UnknownNameError, WorkerError
 from counterflow.experiments.evaluate import ReasonerSettings
 from counterflow.experiments.record import arrays_of
-from counterflow.experiments.rollout import Decision, check_fit, seen_by
+from counterflow.experiments.rollout import Decision, seen_by
+from counterflow.experiments.sight import check_fit
 from counterflow.learning.dsbc import DSBCConfig
 from counterflow.policies import BasePolicy
 from counterflow.random import RowGenerators, check_seed, child_seed

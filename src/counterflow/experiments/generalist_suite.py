@@ -39,6 +39,7 @@ from counterflow.experiments.online import OnlineProgress, train_online
 from counterflow.experiments.online_settings import Config, OnlineRun, online_preset
 from counterflow.experiments.record import record
 from counterflow.experiments.rollout import seen_by
+from counterflow.experiments.sight import Eyes, looks
 from counterflow.experiments.statistics import MeanRate, SuccessRate
 from counterflow.experiments.train import Cadence, Progress
 from counterflow.files import write_json
@@ -73,7 +74,9 @@ class SuiteSettings:
     Attributes:
         family: "metaworld" or "libero"; its split is `counterflow/envs/tasks/held_out.json`.
         tasks: leave all other tasks out (for a trial); empty: all of the split.
-        policy: another policy than the one that is trained here: a checkpoint or run folder.
+        policy: another policy than the one that is trained here: a checkpoint or run folder, or lerobot: and a hub id or folder.
+        device: where it computes.
+        num_envs: environments stepped side by side; None: chosen.
         convention: how directions are written into references, "ogbench" or "paper".
         gripper: what references say of the gripper: what the reasoner does ("said"), or as in the paper nothing ("hold").
         reasoner_error, reasoner_delay: how often the reasoner is wrong, and how many chunks late it is.
@@ -104,6 +107,8 @@ class SuiteSettings:
     family: str = "metaworld"
     tasks: tuple[str, ...] = ()
     policy: str | None = None
+    device: str = "cpu"
+    num_envs: int | None = None
     convention: str = "ogbench"
     gripper: Literal["said", "hold", "policy"] = "said"
     reasoner_error: float = 0.0
@@ -239,6 +244,8 @@ class Suite:
             settings.episodes if episodes is None else episodes,
             settings.seed + SEEDS[stage],
             policy=self.policy,
+            device=settings.device,
+            num_envs=settings.num_envs,
             path=self.results / stage / f"{slug(task)}.json",
             on_start=lambda name, contender: self.log(f"{stage}: {name}, {contender.label}"),
         )
@@ -553,6 +560,8 @@ def steered_successes(suite: Suite, task: str, successes: int, folder: str = "st
             settings=suite.contenders()["frs"].settings,
             reasoner=suite.reasoner,
             policy=suite.policy,
+            device=suite.settings.device,
+            num_envs=suite.settings.num_envs,
             max_episodes=MOST_TRIES if successes == 1 else 20 * successes,
         )
     except DatasetError as error:
@@ -611,6 +620,8 @@ def _alone(suite: Suite, task: str) -> Path:
         seed=suite.settings.seed,
         settings=MethodSettings(steps=steps),
         policy=suite.policy,
+        device=suite.settings.device,
+        num_envs=suite.settings.num_envs,
         every_step=False,
     )
     return out
@@ -669,6 +680,7 @@ def _learn(
         prefill_from=data,
         policy=suite.policy,
         seeds=settings.learning_seeds,
+        device=settings.device,
         on_progress=show,
     )
     content = json.loads((out / "results.json").read_text())
@@ -694,6 +706,8 @@ def guidance(suite: Suite) -> None:
             episodes=settings.rollouts,
             seed=settings.seed,
             policy=suite.policy,
+            device=settings.device,
+            num_envs=settings.num_envs,
             every_step=False,
         )
     out = suite.data / f"critic-{len(seen)}-{settings.rollouts}.safetensors"
@@ -708,7 +722,7 @@ def guidance(suite: Suite) -> None:
 def speed(suite: Suite) -> None:
     """Measure environment steps a second, and where the time of a steered episode goes."""
     task = next(task for tasks in suite.held_out.values() for task in tasks)
-    prior = load_prior(task, suite.policy)
+    prior = load_prior(task, suite.policy, suite.settings.device)
     spec = prior.action_spec
     length = spec.horizon if spec.executed is None else spec.executed
     found: dict[str, Any] = {"task": task, "horizon": length, "machine": machine(), "rows": []}
@@ -728,7 +742,11 @@ def speed(suite: Suite) -> None:
             began = time.perf_counter()
             said = [reasoner.decide(seen_by(reasoner, env, batch, row)) for row in range(rows) for _ in range(10)]
             thinking = (time.perf_counter() - began) / len(said)
-            observation = torch.from_numpy(batch.observation)
+            eyes, every = Eyes(prior, env), list(range(rows))
+            eyes.see(batch.observation, every)  # the first time makes what pictures are drawn with
+            began = time.perf_counter()
+            observation = eyes.see(batch.observation, every)
+            looking = {"pictures": (time.perf_counter() - began) / rows} if looks(prior) else {}
             reference = to_reference(said[::10], spec)
             computing = {}
             for method in ("base", "frs"):
@@ -736,7 +754,7 @@ def speed(suite: Suite) -> None:
                 policy.act(observation, reference if method == "frs" else None, 0)
                 began = time.perf_counter()
                 for _ in range(10):
-                    policy.act(observation, reference if method == "frs" else None, 0)
+                    policy.act(observation, reference if method == "frs" else None, 0).actions.cpu()
                 computing[method] = (time.perf_counter() - began) / 10 / rows
         found["rows"].append(
             {
@@ -745,6 +763,7 @@ def speed(suite: Suite) -> None:
                 "seconds_per_chunk": {
                     "simulator": simulating * length,
                     "reasoner": thinking,
+                    **looking,
                     **{f"policy, {method}": seconds for method, seconds in computing.items()},
                 },
             }
