@@ -226,7 +226,7 @@ class TestRollouts:
         decisions = sum(one.chunks for one in episodes)
         assert sum(one.steps for one in episodes) > decisions
         assert [name for _, name in env.drawn] == [FRONT, STATE] * decisions
-        for seen in policy.seen:  # what is in the picture is where the point is
+        for seen in list(policy.seen):  # what is in the picture is where the point is
             found = policy.inner.observation_normaliser.denormalise(policy.encode(seen))[:, :2]
             torch.testing.assert_close(found, seen[STATE], rtol=0, atol=0.03)
         for episode in episodes:
