@@ -80,11 +80,12 @@ check-python312:
 	@"$(PYTHON312)" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, 12))' || \
 		{ echo "$(PYTHON312) is not a Python 3.12 that can make virtual environments. Say which one to use: make lerobot PYTHON312=/path/to/python3.12"; exit 1; }
 
-$(LEROBOT_READY): pyproject.toml constraints-lerobot.txt plugins/lerobot_policy_counterflow/pyproject.toml | check-python312
+$(LEROBOT_READY): pyproject.toml constraints-lerobot.txt requirements-libero.txt plugins/lerobot_policy_counterflow/pyproject.toml | check-python312
 	@echo "== virtual environment for LeRobot: $(LEROBOT_VENV) (one to four minutes, 6 GB)"
 	@"$(PYTHON312)" -m venv $(LEROBOT_VENV)
 	@$(LEROBOT_BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints-lerobot.txt \
-		--editable '.[serve]' --editable plugins/lerobot_policy_counterflow 'lerobot[$(LEROBOT_EXTRAS)]' pytest hypothesis
+		--editable '.[serve,libero-simulator]' --editable plugins/lerobot_policy_counterflow 'lerobot[$(LEROBOT_EXTRAS)]' pytest hypothesis
+	@$(LEROBOT_BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --requirement requirements-libero.txt
 	@touch $@
 
 # Where LeRobot is missing these tests fail here, and are skipped in the other leg. The path comes first, so that an

@@ -404,6 +404,10 @@ class Compare:
     """Where to draw bars with intervals (.png or .svg)."""
     policy: str | None = None
     """A checkpoint for all tasks (or lerobot: and a hub id or folder); default: each family's shipped prior."""
+    device: str = "cpu"
+    """Where the policy computes."""
+    num_envs: int | None = None
+    """Environments stepped side by side; results do not depend on it. Fewer fit into less memory."""
     steering: Annotated[Steering, tyro.conf.arg(name="")] = field(default_factory=Steering)
     reasoning: Annotated[Reasoning, tyro.conf.arg(name="")] = field(default_factory=Reasoning)
 
@@ -427,6 +431,8 @@ class Compare:
                 self.episodes,
                 self.seed,
                 policy=self.policy,
+                device=self.device,
+                num_envs=self.num_envs,
                 path=self.json,
                 on_start=lambda task, contender: count.say(f"{task} {contender.label}"),
                 on_episode=count,

@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib.util
 import pickle
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from counterflow.envs import env_names, expand_tasks, family_of, groups
+from counterflow.envs import RenderSettings, env_names, expand_tasks, family_of, groups, make_env
 from counterflow.envs import libero as module
 from counterflow.envs.libero import LiberoEnv, assets_folder, names, read_init_states, sentence_of, suites
 from counterflow.errors import MissingDependencyError, UnknownNameError
+from counterflow.random import child_seed
 
 TASK = "libero/90/KITCHEN_SCENE1_put_the_black_bowl_on_the_plate"
 
@@ -143,3 +145,96 @@ def test_a_task_in_the_simulator() -> None:
     np.testing.assert_allclose(np.stack(again), np.stack(path), atol=1e-6)
     assert env.reset(4).reward == 0.0
     env.close()
+
+
+@pytest.fixture(scope="module")
+def env() -> Iterator[LiberoEnv]:
+    """One environment for every look at it: the first in a process takes long to make."""
+    if MISSING:
+        pytest.skip(MISSING)
+    made = LiberoEnv(TASK)
+    yield made
+    made.close()
+
+
+DOWN = np.array([0.4, -0.5, -0.6, 0.2, -0.3, 0.5, -1.0])
+SIGHTS = ["observation.images.image", "observation.images.image2", "observation.state"]
+
+
+class TestLook:
+    def test_it_is_what_libero_shows_lerobot_to_the_last_bit(self, env: LiberoEnv) -> None:
+        """LIBERO's own environment with cameras, read as LeRobot 0.6 does (tests/lerobot has LeRobot itself)."""
+        from libero.libero.envs import OffScreenRenderEnv
+
+        path = Path(str(module._package())) / "bddl_files" / "libero_90" / f"{TASK.split('/')[-1]}.bddl"
+        theirs = OffScreenRenderEnv(bddl_file_name=str(path), camera_heights=256, camera_widths=256, control_freq=20)
+        try:
+            theirs.seed(child_seed(7, "places"))
+            theirs.reset()
+            raw = theirs.set_init_state(env._starts[4])
+            for _ in range(10):
+                raw, *_ = theirs.step([0.0] * 6 + [-1.0])
+            env.reset_to(4, 7)
+            for steps in (0, 1, 5):
+                for _ in range(steps):
+                    env.step(DOWN)
+                    raw, *_ = theirs.step(DOWN)
+                seen = env.look(SIGHTS)
+                for name, camera in zip(SIGHTS, ("agentview", "robot0_eye_in_hand"), strict=False):
+                    np.testing.assert_array_equal(seen[name], raw[f"{camera}_image"][::-1, ::-1])
+                w = np.float32(raw["robot0_eef_quat"])[3]
+                sine = np.sqrt(1 - w * w)
+                turn = np.float32(raw["robot0_eef_quat"])[:3] / sine * 2 * np.arccos(w)
+                expected = np.concatenate([raw["robot0_eef_pos"], turn, raw["robot0_gripper_qpos"]])
+                np.testing.assert_allclose(seen["observation.state"], expected, rtol=3e-7, atol=1e-7)
+        finally:
+            theirs.close()
+
+    def test_two_cameras_follow_the_arm_upright_and_mirrored(self, env: LiberoEnv) -> None:
+        env.reset(3)
+        first = env.look(SIGHTS)
+        assert {name: (one.shape, str(one.dtype)) for name, one in first.items()} == {
+            **dict.fromkeys(SIGHTS[:2], ((256, 256, 3), "uint8")),
+            "observation.state": ((8,), "float32"),
+        }
+        assert {name: one.shape for name, one in first.items()} == env.spec.sights
+        front, wrist = (first[name].astype(int) for name in SIGHTS[:2])
+        assert np.abs(front - wrist).mean() > 10
+        for _ in range(8):
+            moment = env.step(DOWN)
+        then = env.look(SIGHTS)
+        for name in SIGHTS[:2]:
+            assert np.abs(then[name].astype(int) - first[name]).mean() > 1
+        np.testing.assert_allclose(then["observation.state"][:3], moment.observation[:3], atol=2e-3)
+        # What `render` shows upright and as the camera has it is the same from left to right.
+        env._render = RenderSettings(256, 256, "dataset")
+        drawn, seen = env.render().astype(int), then[SIGHTS[0]].astype(int)
+        env._render = None
+        assert np.abs(drawn[:, ::-1] - seen).mean() < 1
+        assert min(np.abs(other - seen).mean() for other in (drawn, drawn[::-1], drawn[::-1, ::-1])) > 5
+
+    def test_looking_changes_nothing_and_draws_what_is_named(self, env: LiberoEnv) -> None:
+        def path(names: list[str]) -> list[np.ndarray]:
+            env.reset(5)
+            found = []
+            for _ in range(3):
+                env.look(names)
+                found.append(env.step(DOWN).observation)
+            return found
+
+        np.testing.assert_array_equal(path(SIGHTS), path([]))
+        env.reset(5)
+        env.look(["observation.state"])
+        assert not env._renderers
+
+    def test_rows_belong_to_their_environments_also_in_workers(self, env: LiberoEnv) -> None:
+        with make_env(TASK, 2, workers=2) as several:
+            several.reset([1, 2])
+            several.execute(np.tile(DOWN, (2, 3, 1)), rows=[1])
+            shown = several.look(SIGHTS, [1, 0])
+        for position, (seed, steps) in enumerate([(2, 3), (1, 0)]):
+            env.reset(seed)
+            for _ in range(steps):
+                env.step(DOWN)
+            for name, one in env.look(SIGHTS).items():
+                np.testing.assert_array_equal(shown[name][position], one)

@@ -37,7 +37,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return Evaluation(TASK, contender.method, {}, name, seed, rate, 1.0, 1, 1, 0, 0.0, 0.0, 0.0)
 
     monkeypatch.setattr(module, "_run", run)
-    monkeypatch.setattr(module, "open_env", lambda task, episodes: Closed())
+    monkeypatch.setattr(module, "open_env", lambda task, episodes, num_envs: Closed())
     return labels
 
 

@@ -197,7 +197,7 @@ def make_smolvla(folder: Path, **changes: Any) -> Made:
         return finish("smolvla", SmolVLAPolicy(config))
 
 
-def make_pi(kind: str, **changes: Any) -> Made:
+def make_pi(kind: str, stats: dict[str, Any] | None = None, **changes: Any) -> Made:
     """pi0 or pi0.5; the fixture `small_pi` must be active."""
     configuration = importlib.import_module(f"lerobot.policies.{kind}.configuration_{kind}")
     modeling = importlib.import_module(f"lerobot.policies.{kind}.modeling_{kind}")
@@ -213,7 +213,7 @@ def make_pi(kind: str, **changes: Any) -> Made:
         **features(*SIZES[kind]),
         **changes,
     }
-    return finish(kind, getattr(modeling, f"{name}Policy")(getattr(configuration, f"{name}Config")(**settings)))
+    return finish(kind, getattr(modeling, f"{name}Policy")(getattr(configuration, f"{name}Config")(**settings)), stats)
 
 
 def make_dit(folder: Path, kind: str = "multi_task_dit", stats: dict[str, Any] | None = None, **changes: Any) -> Made:

@@ -478,7 +478,7 @@ class TestCommands:
         from lerobot.configs.types import FeatureType, PolicyFeature
 
         from counterflow.envs import describe
-        from counterflow.experiments.rollout import check_fit
+        from counterflow.experiments.sight import check_fit
 
         outputs = {"action": PolicyFeature(FeatureType.ACTION, (5,))}
         stats = {"action": {"min": torch.full((5,), -1.0), "max": torch.full((5,), 1.0)}}

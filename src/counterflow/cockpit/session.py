@@ -36,7 +36,7 @@ from counterflow.cockpit.targets import Target, open_target
 from counterflow.cockpit.training import POLICIES
 from counterflow.envs import CameraView, EnvSpec
 from counterflow.errors import CounterflowError, InvalidInputError, UnknownNameError, WorkerError
-from counterflow.experiments.rollout import check_fit
+from counterflow.experiments.sight import check_fit
 from counterflow.random import child_seed
 from counterflow.reasoners.words import ways_of
 from counterflow.steering import ChunkCritic

@@ -10,6 +10,12 @@ Actions are seven numbers in [-1, 1]: displacements of the gripper along x, y an
 gripper (positive closes). An observation is a state: the robot's nine numbers, then eight of everything that the scene names,
 be it a thing, a part that moves or a place: position, quaternion, and how far its joint is moved. Which is whose is in
 `EnvSpec.observation_layout`. Pictures come from two cameras, "agentview" and "robot0_eye_in_hand".
+
+A policy that looks is shown what LeRobot's evaluation shows it (lerobot/envs/libero.py and LiberoProcessorStep, 0.6), number for
+number: "observation.images.image" and "observation.images.image2", the two cameras at 256 x 256, drawn as the benchmark draws
+and turned by half a turn (so that they stand upright and are mirrored); and "observation.state", where the hand is, how it is
+turned (axis times angle) and the two finger joints. That is not quite the present: robosuite samples its observations a
+simulation step (2 ms) before a control step is over, and that is what LeRobot's policies are evaluated on.
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ import pickle
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
@@ -32,7 +38,7 @@ import numpy as np
 import numpy.typing as npt
 
 from counterflow.envs.rendering import HOW_TO_INSTALL, prepare_backend, require_backend
-from counterflow.envs.types import CameraView, EnvSpec, FloatArray, Image, Moment, Privileged, RenderSettings
+from counterflow.envs.types import CameraView, EnvSpec, FloatArray, Image, Moment, Privileged, RenderSettings, Sights
 from counterflow.errors import MissingDependencyError, RenderingError, UnknownNameError
 from counterflow.layout import ActionLayout, ObjectEntry, ObservationLayout
 from counterflow.random import child_seed
@@ -42,12 +48,21 @@ STEP_LIMITS = {"spatial": 280, "object": 280, "goal": 300, "10": 520, "90": 400}
 ACTION_LAYOUT = ActionLayout(translation=(0, 1, 2), rotation=(3, 4, 5), gripper=6, gripper_close_sign=1)
 CAMERAS = ("agentview", "robot0_eye_in_hand", "frontview", "birdview", "sideview")
 CAMERA = "agentview"
+SIGHT = RenderSettings(256, 256, "dataset")
+SIGHTS = {"observation.images.image": "agentview", "observation.images.image2": "robot0_eye_in_hand"}
+STATE = "observation.state"
 ASSETS = "COUNTERFLOW_LIBERO_ASSETS"
 SETTLING_STEPS = 10
 ROBOT_DIM = 9
 OBJECT_DIM = 8
 OPENING = 0.04  # metres that a finger moves
 TOO_NEW_MUJOCO = (3, 9)
+MAX_GEOMS = 1000  # of a scene that is drawn, as robosuite has it
+DRAWN = (
+    "xpos", "xquat", "xmat", "xipos", "ximat", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat", "cam_xpos", "cam_xmat",
+    "light_xpos", "light_xdir",
+)  # fmt: skip
+"""What a picture depends on, of MuJoCo's data: where everything is."""
 
 HOW_TO_INSTALL_LIBERO = (
     "pip install 'counterflow[libero]', or, without the training code that LIBERO brings along, pip install "
@@ -132,10 +147,12 @@ class LiberoEnv:
             ignore_done=True,
         ).env
         self._starts = read_init_states(package / "init_files" / files[0] / f"{files[1]}.pruned_init")
-        self._context: Any = None
+        self._renderers: dict[tuple[int, int, str], Any] = {}
+        self._seen: Any = None  # MuJoCo's data, with everything where it was when robosuite last sampled observations
         self._steps = 0
         with _global_numpy(0):
             self._env.reset()
+        self._watch()
         self._entries = _entries(self._env)
         self._boxes = {name: _box(self._env.sim, body) for name, (_, body, _) in self._things().items()}
 
@@ -157,6 +174,7 @@ class LiberoEnv:
             action_layout=ACTION_LAYOUT,
             max_episode_steps=STEP_LIMITS[self._suite],
             observation_layout=ObservationLayout(tuple(range(ROBOT_DIM)), tuple(entries)),
+            sights={**dict.fromkeys(SIGHTS, (SIGHT.height, SIGHT.width, 3)), STATE: (8,)},
         )
 
     @property
@@ -170,13 +188,15 @@ class LiberoEnv:
 
     def reset_to(self, start: int, seed: int = 0) -> Moment:
         """Begin in initial state number `start` (0 to 49); where fixtures stand, within a centimetre, descends from `seed`."""
-        self._free_context()  # a reset makes a new simulator
+        self._free_renderers()  # a reset makes a new simulator
+        self._seen = None
         with _global_numpy(child_seed(seed, "places")):
             self._env.reset()
         simulator = self._env.sim
         simulator.set_state_from_flattened(self._starts[start])
         simulator.forward()
         self._env._post_process()
+        self._env._update_observables(force=True)  # LIBERO does, and when robosuite samples depends on it
         still = np.array([0.0] * 6 + [-1.0])
         for _ in range(SETTLING_STEPS):
             self._env.step(still)
@@ -200,15 +220,22 @@ class LiberoEnv:
             raise RenderingError(
                 f"{self._name} was made without rendering; pass `render=RenderSettings(...)` to make_env."
             )
-        try:
-            if self._context is None:
-                self._context = _context(self._env.sim, settings)
-            frame: Image = self._env.sim.render(
-                width=settings.width, height=settings.height, camera_name=settings.camera or CAMERA
-            )
-        except (ImportError, RuntimeError, AttributeError) as error:
-            raise RenderingError(f"{self._name} can't draw frames here: {error}. {HOW_TO_INSTALL}") from error
-        return frame[::-1].copy()  # the first row is the lowest
+        return self._draw(settings, settings.camera or CAMERA, self._env.sim.data._data)
+
+    def look(self, names: Sequence[str]) -> Sights:
+        """Show what LeRobot's evaluation would show a policy now, of what is named: see the top of this file.
+
+        Raises:
+            RenderingError: a picture is wanted and this machine can't draw.
+        """
+        shown: Sights = {}
+        for name in names:
+            if name == STATE:
+                shown[name] = self._sampled_state()
+            else:
+                picture = self._draw(SIGHT, SIGHTS[name], self._seen)
+                shown[name] = np.ascontiguousarray(picture[:, ::-1])  # upright already; LeRobot turns both ways
+        return shown
 
     def camera(self) -> CameraView:
         """Describe the camera that `render` draws with."""
@@ -225,17 +252,61 @@ class LiberoEnv:
 
     def close(self) -> None:
         """Free the simulator and its renderer."""
-        self._free_context()
+        self._free_renderers()
         self._env.close()
 
     def _things(self) -> dict[str, tuple[str, str, str | None]]:
         """Return the entries that are bodies."""
         return {name: entry for name, entry in self._entries.items() if entry[0] == "body"}
 
-    def _free_context(self) -> None:
-        if self._context is not None:
-            self._context.gl_ctx.free()
-            self._context = self._env.sim._render_context_offscreen = None
+    def _draw(self, settings: RenderSettings, camera: str, data: Any) -> Image:
+        """Draw MuJoCo's data: (height, width, 3) uint8, the first row at the top."""
+        require_backend()
+        import mujoco
+
+        key = settings.width, settings.height, settings.quality
+        try:
+            if key not in self._renderers:
+                self._renderers[key] = _renderer(self._env.sim.model._model, settings)
+            option = mujoco.MjvOption()
+            option.geomgroup[:2] = 0, 1  # what is seen, not what collides
+            self._renderers[key].update_scene(data, camera, option)
+            frame: Image = self._renderers[key].render()
+        except (ImportError, RuntimeError, AttributeError) as error:
+            raise RenderingError(f"{self._name} can't draw frames here: {error}. {HOW_TO_INSTALL}") from error
+        return frame
+
+    def _free_renderers(self) -> None:
+        for renderer in self._renderers.values():
+            renderer.close()
+        self._renderers = {}
+
+    def _watch(self) -> None:
+        """Keep where everything is whenever robosuite samples its observations, as its own camera sensors would draw it."""
+        import mujoco
+        from robosuite.utils.observables import Observable, sensor
+
+        def drawn(_: Any) -> float:
+            data = self._env.sim.data._data
+            if self._seen is None:
+                self._seen = mujoco.MjData(self._env.sim.model._model)
+            for name in DRAWN:
+                getattr(self._seen, name)[:] = getattr(data, name)
+            return 0.0
+
+        watching = sensor(modality="counterflow")(drawn)
+        self._env.add_observable(Observable("counterflow", watching, sampling_rate=self._env.control_freq))
+
+    def _sampled_state(self) -> npt.NDArray[np.float32]:
+        """Return position, axis times angle and finger joints (8,), by the formula of LeRobot's LiberoProcessorStep."""
+        sampled = self._env._observables
+        position, quaternion, fingers = (
+            np.asarray(sampled[f"robot0_{name}"].obs, np.float32) for name in ("eef_pos", "eef_quat", "gripper_qpos")
+        )
+        cosine = quaternion[3].clip(-1.0, 1.0)
+        sine = np.sqrt((1 - cosine * cosine).clip(0.0))
+        turn = np.zeros(3, np.float32) if sine <= 1e-10 else quaternion[:3] / sine * (2 * np.arccos(cosine))
+        return np.concatenate([position, turn, fingers]).astype(np.float32)
 
     def _moment(self) -> Moment:
         success = bool(self._env._check_success())
@@ -419,17 +490,20 @@ def _prepare() -> Any:
     return ControlEnv
 
 
-def _context(simulator: Any, settings: RenderSettings) -> Any:
-    """Make the context that frames are drawn in, as robosuite does, with the quality that was asked for."""
-    from robosuite.utils.binding_utils import MjRenderContextOffscreen
+def _renderer(model: Any, settings: RenderSettings) -> Any:
+    """Make MuJoCo's renderer with the quality that was asked for."""
+    import mujoco
 
+    quality, size = model.vis.quality, model.vis.global_
+    size.offwidth, size.offheight = max(size.offwidth, settings.width), max(size.offheight, settings.height)
+    own = quality.shadowsize, quality.offsamples
     if settings.quality == "fast":
-        # The shadow map and multisampling cost most in software; both are read when the context is made.
-        simulator.model.vis.quality.shadowsize = 0
-        simulator.model.vis.quality.offsamples = 0
-    context = MjRenderContextOffscreen(simulator, device_id=-1, max_width=settings.width, max_height=settings.height)
-    context.vopt.geomgroup[0], context.vopt.geomgroup[1] = 0, 1  # what is seen, not what collides
-    return context
+        # The shadow map and multisampling cost most in software; both are read when the renderer is made.
+        quality.shadowsize = quality.offsamples = 0
+    try:
+        return mujoco.Renderer(model, settings.height, settings.width, max_geom=MAX_GEOMS)
+    finally:
+        quality.shadowsize, quality.offsamples = own
 
 
 def _quaternion(matrix: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,8 @@ BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.integer]
 Image = npt.NDArray[np.uint8]
 Privileged = dict[str, npt.NDArray[np.float64]]
+Sights = dict[str, npt.NDArray[Any]]
+"""What is shown to a policy that looks, by name: pictures (H, W, 3) uint8, numbers (D,) float32."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class EnvSpec:
         max_episode_steps: an episode is truncated after this many steps.
         goal_dim: how many of the observation's last entries are the goal (0 where the task is always the same).
         observation_layout: which of the observation's entries tell of the robot and of which object; None: not told.
+        sights: what it can show a policy that looks, beside the state, by LeRobot's names: the shape of a picture, (H, W, 3), or
+            how many numbers, (D,). Empty: nothing.
     """
 
     name: str
@@ -49,6 +54,7 @@ class EnvSpec:
     max_episode_steps: int
     goal_dim: int = 0
     observation_layout: ObservationLayout | None = None
+    sights: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def check_action(self, action: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Return an action (A,) as float64, rounding errors at the limits taken off.
@@ -224,4 +230,12 @@ class TaskEnv(Protocol):
 
     def close(self) -> None:
         """Free the simulator and its renderer."""
+        ...
+
+
+class SeenTaskEnv(TaskEnv, Protocol):
+    """A task that can show a policy more than its state: what its `spec.sights` names."""
+
+    def look(self, names: Sequence[str]) -> Sights:
+        """Show some of that as it is now; only what is named is drawn."""
         ...

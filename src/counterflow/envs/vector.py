@@ -16,13 +16,13 @@ from itertools import pairwise
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from counterflow.envs.types import Batch, CameraView, EnvSpec, Image, Moment, TaskEnv
-from counterflow.errors import CounterflowError, InvalidInputError, WorkerError
+from counterflow.envs.types import Batch, CameraView, EnvSpec, Image, Moment, SeenTaskEnv, Sights, TaskEnv
+from counterflow.errors import CounterflowError, InvalidInputError, UnknownNameError, WorkerError
 from counterflow.random import child_seed
 
 MakeTask = Callable[[], TaskEnv]
@@ -53,6 +53,9 @@ class _Host:
 
     def render(self, row: int) -> Image:
         return self._envs[row].render()
+
+    def look(self, names: dict[int, tuple[str, ...]]) -> dict[int, Sights]:
+        return {row: cast(SeenTaskEnv, self._envs[row]).look(wanted) for row, wanted in names.items()}
 
     def reset(self, seeds: dict[int, int]) -> dict[int, _Result]:
         return {row: _Result(self._envs[row].reset(seed), [], False, [], []) for row, seed in seeds.items()}
@@ -260,6 +263,28 @@ class VectorEnv:
         image: Image = self._ask(row, "render")
         return image
 
+    def look(self, names: Sequence[str], rows: Sequence[int] | None = None) -> Sights:
+        """Show what a policy that looks is to see, as it is now, all workers at the same time.
+
+        Args:
+            names: some of `spec.sights`; only these are drawn.
+            rows: R rows; None: all.
+
+        Returns:
+            By name, pictures (R, H, W, 3) uint8 and numbers (R, D) float32, in the order of `rows`.
+
+        Raises:
+            UnknownNameError: this environment does not show that.
+            RenderingError: this machine can't draw.
+        """
+        unknown = next((name for name in names if name not in self.spec.sights), None)
+        if unknown is not None:
+            raise UnknownNameError(f"sight of {self.spec.name}", unknown, list(self.spec.sights))
+        chosen = list(range(self.num_envs) if rows is None else rows)
+        self._check_rows(chosen)
+        shown = self._call("look", dict.fromkeys(chosen, tuple(names)))
+        return {name: np.stack([shown[row][name] for row in chosen]) for name in names}
+
     def camera(self, row: int = 0) -> CameraView:
         """Describe the camera of one environment."""
         view: CameraView = self._ask(row, "camera")
@@ -297,7 +322,7 @@ class VectorEnv:
         worker.send(method, row - worker.rows.start)
         return worker.receive()
 
-    def _call(self, method: str, inputs: dict[int, Any], *shared: Any) -> dict[int, _Result]:
+    def _call(self, method: str, inputs: dict[int, Any], *shared: Any) -> dict[int, Any]:
         """Call `method` on every host that has rows in `inputs`; all workers run at the same time."""
         if self._host is not None:
             return getattr(self._host, method)(inputs, *shared)  # type: ignore[no-any-return]
@@ -309,7 +334,7 @@ class VectorEnv:
             if own:
                 worker.send(method, own, *local)
                 busy.append(worker)
-        results: dict[int, _Result] = {}
+        results: dict[int, Any] = {}
         failure: CounterflowError | None = None
         for worker in busy:  # every answer is taken, so that after an error the next call finds empty pipes
             try:

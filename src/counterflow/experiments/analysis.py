@@ -16,7 +16,7 @@ from torch import Tensor
 from counterflow.envs import VectorEnv
 from counterflow.errors import InvalidInputError, MismatchError
 from counterflow.experiments.evaluate import ReasonerSettings
-from counterflow.experiments.rollout import check_fit
+from counterflow.experiments.sight import check_fit
 from counterflow.flow import denoise, log_prob, reverse
 from counterflow.policies import BasePolicy, bind
 from counterflow.random import RowGenerators, check_seed, child_seed

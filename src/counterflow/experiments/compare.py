@@ -15,6 +15,7 @@ from counterflow.errors import DatasetError
 from counterflow.experiments.evaluate import (
     Evaluation,
     ReasonerSettings,
+    adapted,
     evaluate,
     load_prior,
     machine,
@@ -24,6 +25,7 @@ from counterflow.experiments.evaluate import (
 from counterflow.experiments.rollout import Episode
 from counterflow.experiments.statistics import MeanRate, SuccessRate
 from counterflow.files import write_json
+from counterflow.policies import load
 from counterflow.steering import ChunkCritic, ChunkRegressor, GuidanceSettings, MethodSettings
 
 
@@ -81,6 +83,8 @@ def compare(
     seed: int,
     *,
     policy: str | None = None,
+    device: str = "cpu",
+    num_envs: int | None = None,
     path: Path | str | None = None,
     on_start: Callable[[str, Contender], None] | None = None,
     on_episode: Callable[[Episode], None] | None = None,
@@ -92,7 +96,9 @@ def compare(
         contenders: what to compare.
         episodes: for each contender on each task; the same ones for all.
         seed: what the episodes descend from.
-        policy: a checkpoint for all tasks; None: the shipped prior of each task's family.
+        policy: a checkpoint for all tasks, loaded once; None: the shipped prior of each task's family.
+        device: where it computes, and what was learned beside it.
+        num_envs: environments stepped side by side, which results don't depend on; None: chosen.
         path: where to keep the results, written after every evaluation. What is there already, from the same seed,
             episodes, settings and policy, is not run again; so an interrupted comparison goes on where it stopped.
         on_start: called before each evaluation that is run.
@@ -109,19 +115,21 @@ def compare(
     kept: list[dict[str, Any]] = []
     render = next((one.reasoner.render for one in contenders if one.reasoner.render is not None), None)
     drawn: dict[str, Any] = {} if render is None else {"render": render}
-    for task in expand_tasks(tasks):
-        prior = load_prior(task, policy)
+    expanded = expand_tasks(tasks)
+    given = None if policy is None else load(policy, device)
+    for task in expanded:
+        prior = load_prior(task, device=device) if given is None else adapted(given, task)
         env = None
         try:
             for contender in contenders:
-                learned = None if contender.learned is None else ChunkRegressor.load(contender.learned)
+                learned = None if contender.learned is None else ChunkRegressor.load(contender.learned, device)
                 settings: dict[str, Any] = {
                     "method": asdict(contender.settings),
                     "reasoner": contender.reasoner.to_json(),
                 }
                 if learned is not None:
                     settings["learned"] = learned.fingerprint
-                critic = None if contender.critic is None else ChunkCritic.load(contender.critic)
+                critic = None if contender.critic is None else ChunkCritic.load(contender.critic, device)
                 if critic is not None:
                     settings |= {"critic": critic.fingerprint, "guidance": asdict(contender.guidance)}
                 wanted = {
@@ -137,7 +145,7 @@ def compare(
                 if result is None:
                     if on_start is not None:
                         on_start(task, contender)
-                    env = open_env(task, episodes, **drawn) if env is None else env
+                    env = open_env(task, episodes, num_envs=num_envs, **drawn) if env is None else env
                     found = _run(env, prior, contender, learned, critic, episodes, seed, on_episode)
                     result = {**wanted, **found.to_json()}
                     results.append(result)

@@ -24,6 +24,7 @@ from counterflow.experiments.evaluate import check_episodes, load_prior, open_en
 from counterflow.experiments.inversion import InversionSettings, invert_chunks
 from counterflow.experiments.record import arrays_of, step_noises
 from counterflow.experiments.rollout import Decision, Episode, decision_of
+from counterflow.experiments.sight import check_on_states
 from counterflow.files import write_json
 from counterflow.learning import NoiseExamples
 from counterflow.learning.dagger import DAggerConfig, InterventionRule, Situation, Stalled, learn
@@ -106,6 +107,7 @@ def dagger(
     check_episodes(episodes)
     config, out = DAggerConfig() if config is None else config, Path(out)
     prior = load_prior(env, policy)
+    check_on_states(prior, "the noise of an expert's actions is found", "Distil steered rollouts instead.")
     if prior.action_spec.past:
         raise MismatchError(
             f"the policy plans {prior.action_spec.past} actions that are over when it decides, so an expert's chunk is none of "

@@ -302,10 +302,14 @@ def report_paper(suite: Suite, differs: Differs) -> str:
     if not done:
         return NOT_YET
     failed = [task for task in suite.failed() if task in done]
-    settings = suite.settings
+    settings, given = suite.settings, suite.settings.policy
     rows: list[tuple[str, str, str]] = [
-        ("generalist", "pi0.5, a vision-language-action model", differs.generalist),
-        ("it sees", "camera images, the robot's state, a sentence", differs.observation),
+        ("generalist", "pi0.5, a vision-language-action model", differs.generalist if given is None else given),
+        (
+            "it sees",
+            "camera images, the robot's state, a sentence",
+            differs.observation if given is None else "its own inputs",
+        ),
         ("reasoner", "a vision-language model on one image (Gemini Robotics-ER)", differs.reasoner),
         ("tasks", "92 of LIBERO with base success of 40% or less", f"{len(done)} held out, by the same rule"),
         ("episodes for each", "50", str(settings.episodes)),

@@ -15,6 +15,7 @@ from counterflow.data import SteeringDataset, SteeringEpisode
 from counterflow.data.replay import Recorded
 from counterflow.errors import DatasetError, InvalidInputError, MismatchError
 from counterflow.experiments.record import arrays_of, inverted
+from counterflow.experiments.sight import check_on_states, looks
 from counterflow.experiments.steering_env import RewardKind, SteeredRows
 from counterflow.policies import ActionSpec
 from counterflow.reasoners import OGBENCH, Convention, Direction, to_reference
@@ -98,8 +99,8 @@ def prefill(
         count = len(executed)
         noise = torch.from_numpy(arrays["noise"])[..., : spec.dim]
         chunks = torch.from_numpy(arrays["chunks"])
-        _, shown = space.encode(torch.from_numpy(arrays["observations"]))
-        shown, acted = shown.cpu(), space.executed_part(chunks)
+        shown = _shown(space, arrays, path).cpu()
+        acted = space.executed_part(chunks)
         base = torch.from_numpy(arrays["base_chunks"]) if "base_chunks" in arrays else chunks
         if space.show_base:
             shown = torch.cat([shown, base.flatten(1)], 1)
@@ -223,6 +224,15 @@ def corrections(
     )
 
 
+def _shown(space: SteeringSpace, arrays: Mapping[str, Any], path: Path | str) -> Tensor:
+    """Return what a learner sees of recorded decisions (B, F): of a policy that looks, what was kept of its pictures."""
+    if "features" not in arrays:
+        check_on_states(space.policy, f"{path} holds no features, which would be computed", "Record again.")
+    elif looks(space.policy):
+        return torch.from_numpy(arrays["features"]).flatten(1).float()
+    return space.encode(torch.from_numpy(arrays["observations"]))[1]
+
+
 def residuals_of(space: SteeringSpace, base: Tensor, chunks: Tensor, executed: Tensor) -> tuple[Tensor, Tensor]:
     """Return residuals (N, E A), within their bounds, and what was executed (N, E A), normalised.
 
@@ -275,6 +285,8 @@ class Recording:
     def __init__(
         self, path: Path | str, space: SteeringSpace, about: Mapping[str, Any], seeds: Sequence[int], streams: int
     ) -> None:
+        if space.residual_size:
+            check_on_states(space.policy, "the noise of corrected chunks is found", "Train without recording.")
         self._space, self._streams = space, streams
         self._binding = binding_of(space.policy, space.steps, space.solver)
         self.dataset = SteeringDataset.create_or_open(path, self._binding)

@@ -26,6 +26,7 @@ from counterflow.experiments.evaluate import check_episodes, policy_name
 from counterflow.experiments.online_agents import PriorLatent
 from counterflow.experiments.online_data import AXES
 from counterflow.experiments.rollout import Episode, run_episodes
+from counterflow.experiments.sight import check_on_states
 from counterflow.experiments.statistics import SuccessRate
 from counterflow.flow import denoise
 from counterflow.policies import BasePolicy, bind, repeat_context
@@ -121,6 +122,7 @@ def probe(
     check_episodes(episodes)
     if draws < 1:
         raise InvalidInputError(f"{draws} fixed noises were asked for; expected 1 or more.")
+    check_on_states(policy, "how far references get through is measured", "Try 'counterflow eval --steer frs' instead.")
     seeds = [child_seed(check_seed(seed), "probe", index) for index in range(episodes)]
     spec = policy.action_spec
     visited: list[Tensor] = []

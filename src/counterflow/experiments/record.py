@@ -30,6 +30,7 @@ from counterflow.experiments.evaluate import (
 )
 from counterflow.experiments.inversion import InversionSettings, add_noises, invert_chunks
 from counterflow.experiments.rollout import Decision, Episode, run_episodes
+from counterflow.experiments.sight import check_on_states, looks
 from counterflow.policies import BasePolicy
 from counterflow.random import check_seed, child_seed
 from counterflow.steering import MethodSettings, binding_of
@@ -94,7 +95,8 @@ def record(
         num_envs: environments stepped side by side.
         max_episodes: after how many episodes to give up; None: ten times as many as successes, and twenty more.
         every_step: also find, for successful episodes, the noise of the actions that were executed from every step on: as
-            many more examples as a chunk has actions, for one inversion an episode.
+            many more examples as a chunk has actions, for one inversion an episode. Not of a policy that looks through cameras,
+            whose pictures are drawn where it decides: a recording keeps its features of them.
         inversion: how that noise is found (`InversionSettings`).
         learned: the noise policy of "dsbc", the action policy of "bc", the actor of "actor", or critics and anchors.
         device: where the policy computes.
@@ -102,7 +104,8 @@ def record(
 
     Raises:
         InvalidInputError: a number is out of range.
-        MismatchError: the folder holds noises of another policy, or policy and task don't fit.
+        MismatchError: the folder holds noises of another policy, policy and task don't fit, or noises would have to be found at
+            pictures, which aren't kept.
         DatasetError: too few episodes succeed; what was recorded is safe.
         StorageError: an episode can't be written; those before are safe.
     """
@@ -122,6 +125,10 @@ def record(
         )
     steered = steered_by(prior, method, settings, learned)
     has_noise = method in ("frs", "base", "rank") or (learned is not None and not steered.edits)
+    if not has_noise:
+        hint = "Record with 'frs', 'base', 'rank' or 'dsbc'."
+        check_on_states(prior, f"the noise of the chunks of {method!r} is found by inversion", hint)
+    every_step = every_step and not looks(prior)
     asked = asks(method, learned)
     own_steps = (
         has_noise or method == ACTOR

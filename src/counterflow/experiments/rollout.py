@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from counterflow.envs import Batch, EnvSpec, VectorEnv
+from counterflow.envs import Batch, VectorEnv
 from counterflow.envs.types import Image
-from counterflow.errors import InvalidInputError, MismatchError
-from counterflow.policies import ActionSpec
+from counterflow.errors import InvalidInputError
+from counterflow.experiments.sight import Eyes
 from counterflow.random import RowGenerators, child_seed
 from counterflow.reasoners import OGBENCH, Convention, Direction, Reasoner, View, to_reference
 from counterflow.steering import Plan, SteeredPolicy
@@ -31,7 +31,7 @@ class Decision:
     """One decision of a recorded episode, and what came of it.
 
     Attributes:
-        observation: (O,) what the policy saw.
+        observation: (O,) the environment's state, which is what a policy on states saw.
         features: (F,) what it made of that, where it offers features; else None.
         reference: (H, A) the reference, normalised; zero where nobody spoke.
         active: whether somebody spoke.
@@ -117,36 +117,6 @@ class _Averages:
         return float(np.mean(values)) if values else float("nan")
 
 
-class Acts(Protocol):
-    """Anything with an action space."""
-
-    @property
-    def action_spec(self) -> ActionSpec:
-        """The action space."""
-        ...
-
-
-def check_fit(policy: Acts, spec: EnvSpec) -> None:
-    """Raise `MismatchError` unless the policy's actions and observations are the environment's."""
-    if policy.action_spec.dim != spec.action_dim:
-        raise MismatchError(
-            f"the policy acts in {policy.action_spec.dim} dimensions and {spec.name} expects {spec.action_dim}. "
-            f"Use a policy that was trained for {spec.family}."
-        )
-    cameras = tuple(getattr(policy, "cameras", ()))
-    if cameras:
-        raise MismatchError(
-            f"the policy looks through {len(cameras)} cameras ({', '.join(cameras)}) and {spec.name} shows a state of "
-            f"{spec.observation_dim} numbers and no images. Use a policy on states, or run this one where its cameras are."
-        )
-    observation_dim = getattr(policy, "observation_dim", None)
-    if observation_dim is not None and observation_dim != spec.observation_dim:
-        raise MismatchError(
-            f"the policy sees {observation_dim} numbers and {spec.name} shows {spec.observation_dim}. "
-            f"Use a policy that was trained for {spec.family}."
-        )
-
-
 def run_episodes(
     policy: SteeredPolicy,
     env: VectorEnv,
@@ -175,6 +145,7 @@ def run_episodes(
     Raises:
         InvalidInputError: no seeds, or a number is out of range.
         MismatchError: policy and environment don't fit.
+        RenderingError: the policy looks, or a film is wanted, and this machine can't draw.
         WorkerError: a simulator failed.
     """
     if not seeds:
@@ -182,7 +153,7 @@ def run_episodes(
     if max_chunks is not None and max_chunks < 1:
         raise InvalidInputError(f"max_chunks is {max_chunks}; expected 1 or more, or None for whole episodes.")
     spec = policy.action_spec
-    check_fit(policy.base, env.spec)
+    eyes = Eyes(policy, env)
     rows = min(env.num_envs, len(seeds))
     waiting = list(range(len(seeds)))[::-1]
     playing: dict[int, int] = {}
@@ -215,7 +186,7 @@ def run_episodes(
         if film:
             _film_before(episodes, playing, env, batch, directions)
         before = batch.observation
-        plan = policy.act(torch.from_numpy(before), reference, noise)
+        plan = policy.act(eyes.see(before, active), reference, noise)
         actions = plan.actions[:, : spec.executed].cpu().numpy()
         batch = env.execute(actions, rows=active, record=active if film else ())
         if record:
@@ -257,7 +228,7 @@ def decision_of(
         plan: what was decided.
         batch: what came of it.
         row: the row.
-        observation: (O,) what it saw before.
+        observation: (O,) its state before.
     """
     seen = np.concatenate([observation[None], batch.paths[row][:-1]])
     return decision_from(plan, row, seen, batch.rewards[row, : batch.steps[row]].astype(np.float32))

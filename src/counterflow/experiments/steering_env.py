@@ -25,7 +25,8 @@ from torch import Tensor
 from counterflow.envs import Batch, VectorEnv, make_env
 from counterflow.errors import InvalidInputError, TrainingError, UnknownNameError
 from counterflow.experiments.evaluate import load_prior
-from counterflow.experiments.rollout import Decision, check_fit
+from counterflow.experiments.rollout import Decision
+from counterflow.experiments.sight import Eyes
 from counterflow.policies import BasePolicy
 from counterflow.random import check_seed, child_seed, draw_prior, generator
 from counterflow.steering import Decided, SteeringSpace
@@ -114,7 +115,7 @@ class SteeredRows:
         max_chunks: int | None = None,
         recording: bool = False,
     ) -> None:
-        check_fit(space.policy, env.spec)
+        self._eyes = Eyes(space.policy, env)
         if len(seeds) != env.num_envs:
             raise InvalidInputError(f"{len(seeds)} seeds were given for {env.num_envs} environments; give one each.")
         if not 0 < discount <= 1:
@@ -133,6 +134,7 @@ class SteeredRows:
         self._observation = np.zeros((len(seeds), env.spec.observation_dim), np.float32)
         self._fresh: Tensor = self._draw(range(len(seeds)))
         self._context: Any = None
+        self._inputs = torch.empty(0)  # what the policy makes of what it sees
         self._base: Tensor | None = None
         self.shown = torch.empty(0)
         self.evaluations = 0  # of the field, all rows
@@ -143,7 +145,7 @@ class SteeredRows:
 
     @property
     def observation(self) -> Array:
-        """(N, O) what the frozen policy sees."""
+        """(N, O) the environments' state, which is what a frozen policy on states sees."""
         return self._observation
 
     @property
@@ -164,7 +166,7 @@ class SteeredRows:
             self.episodes[row] += 1
             seeds[row] = self.seed_of(row)
         self._begin(seeds)
-        return self._show()
+        return self._show(chosen)
 
     def resume(
         self,
@@ -182,6 +184,7 @@ class SteeredRows:
         self.episodes = list(episodes)
         self._begin({row: self.seed_of(row) for row in range(len(self))})
         longest = max(len(chunks) for chunks in history)
+        due: list[int] = list(range(len(self)))  # rows that were not looked at since they moved
         for turn in range(longest):
             rows = [row for row, chunks in enumerate(history) if turn < len(chunks)]
             actions = np.zeros((len(self), self.space.executed, self.env.spec.action_dim), np.float32)
@@ -190,13 +193,16 @@ class SteeredRows:
                     before(row, len(history[row]) - turn)
                 actions[row] = history[row][turn].actions
                 self.history[row].append(history[row][turn])
-            seen, features = self._observation.copy(), self._features() if self.recording else None
+            seen, features = self._observation.copy(), None
+            if self.recording:
+                self._encode(due)
+                features, due = self._features(), rows
             batch = self.env.execute(actions, rows=rows)
             if self.recording:
                 self._record(rows, seen, features, batch)
             self._observation[rows] = batch.observation[rows]
             self._fresh[rows] = self._draw(rows)
-        return self._show()
+        return self._show(due)
 
     @torch.no_grad()
     def step(self, actions: Tensor) -> Step:
@@ -240,7 +246,7 @@ class SteeredRows:
             rewards = np.where(batch.success, self.discount ** (batch.steps - 1.0), 0.0)
         self._observation = batch.observation.copy()
         self._fresh = self._draw(range(len(self)))
-        shown = self._show()
+        shown = self._show(range(len(self)))
         return Step(
             shown,
             torch.from_numpy(rewards).float(),
@@ -268,9 +274,15 @@ class SteeredRows:
         return torch.stack([draw_prior(self._rngs[row], shape, "cpu", spec.prior) for row in rows])
 
     @torch.no_grad()
-    def _show(self) -> Tensor:
-        """Encode the present observations; return what the learner sees."""
-        self._context, inputs = self.space.encode(torch.from_numpy(self._observation))
+    def _encode(self, rows: Sequence[int]) -> None:
+        """Let the policy see the present, of which these rows are new to it."""
+        self._context, self._inputs = self.space.encode(self._eyes.see(self._observation, rows))
+
+    @torch.no_grad()
+    def _show(self, rows: Sequence[int]) -> Tensor:
+        """Encode the present observations, of which these rows are new; return what the learner sees."""
+        self._encode(rows)
+        inputs = self._inputs
         if self.space.show_base:
             self._base = self.space.denoise(self._context, self._fresh.to(self.space.device))
             self.evaluations += len(self) * self.space.steps
@@ -282,7 +294,7 @@ class SteeredRows:
         """Return what the policy makes of the present observations, (N, F), where it offers features."""
         if not hasattr(self.space.policy, "features"):
             return None
-        inputs: Array = self.space.encode(torch.from_numpy(self._observation))[1].cpu().numpy()
+        inputs: Array = self._inputs.cpu().numpy()
         return inputs
 
     def _record(self, rows: Sequence[int], seen: Array, features: Array | None, batch: Batch) -> None:

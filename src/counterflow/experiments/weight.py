@@ -17,6 +17,7 @@ from torch import Tensor
 from counterflow.envs import VectorEnv
 from counterflow.errors import InvalidInputError
 from counterflow.experiments.rollout import Episode, MakeReasoner, run_episodes
+from counterflow.experiments.sight import check_on_states
 from counterflow.experiments.statistics import SuccessRate
 from counterflow.random import check_seed, child_seed
 from counterflow.reasoners import OGBENCH, Convention
@@ -85,7 +86,7 @@ def weigh(
 
     Raises:
         InvalidInputError: a number is out of range, or no weight has the effect that was asked for.
-        MismatchError: the critic was made for other chunks.
+        MismatchError: the critic was made for other chunks, or the policy looks through cameras and a weight is to be found.
     """
     if not isinstance(settings.weight, str):
         return Weighing(settings.weight)
@@ -100,6 +101,8 @@ def weigh(
             steered, env, seeds, make_reasoner, convention=convention, record=record, on_episode=on_episode
         )
 
+    if settings.weight == "auto" or weights is None:
+        check_on_states(policy, "a weight is found", "Give it as a number.")
     found, steps, task = Weighing(0.0), 0, task_of(critic, env)
     if settings.weight == "auto" or weights is None:
         observed = run(policy, OBSERVED_EPISODES, True)

@@ -14,6 +14,7 @@ a sentence or one a row. LeRobot 0.6 needs Python 3.12.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import io
 import json
@@ -282,21 +283,21 @@ class LeRobotPolicy:
         high: tuple[float, ...] | None,
         task: str | None,
     ) -> LeRobotPolicy:
-        """Take layout, limits and task from an environment, where they weren't given; return self.
+        """Return this policy, its weights shared, with an environment's layout, limits and task where they weren't given.
 
         They belong to the environment, not to the policy, so the fingerprint does not depend on them. An environment with
         actions of another size is left for `check_fit` to refuse.
         """
-        spec = self.action_spec
-        self.task = task if self.task is None else self.task
+        spec, fitted = self.action_spec, copy.copy(self)
+        fitted.task = task if self.task is None else self.task
         if low is not None and len(low) == spec.dim:
-            self.action_spec = replace(
+            fitted.action_spec = replace(
                 spec,
                 layout=layout if spec.layout is None else spec.layout,
                 low=low if spec.low is None else spec.low,
                 high=high if spec.high is None else spec.high,
             )
-        return self
+        return fitted
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return every number that makes the policy what it is, by name, on the CPU."""

@@ -8,7 +8,7 @@ policy's normalisation is: a bound in normalised units would mean something else
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -133,15 +133,23 @@ class SteeringSpace:
         residual = torch.tensor(self._bounds()).repeat(self.executed)
         return torch.cat([torch.full((self.latent_size,), bound), residual[: self.residual_size]])
 
-    def encode(self, observation: Tensor) -> tuple[Any, Tensor]:
-        """Return the policy's context of observations (B, O), and what a learner sees of them (B, F).
+    def encode(self, observation: Tensor | Mapping[str, Any]) -> tuple[Any, Tensor]:
+        """Return the policy's context of observations (B, O), or what it looks at, and what a learner sees of them (B, F).
 
         That is the frozen policy's own features where it offers them, else the observation.
+
+        Raises:
+            MismatchError: the policy looks at pictures and offers no features.
         """
         context = self.policy.encode(observation)
         inner = frozen(self.policy)
         if inner is self.policy and hasattr(inner, "features"):
             return context, inner.features(context).flatten(1).float()
+        if not isinstance(observation, Tensor):
+            raise MismatchError(
+                f"{type(inner).__name__} looks at {', '.join(observation)} and offers no features, so a learner beside it would "
+                "see nothing. Give it a method `features(context) -> (B, F)`."
+            )
         return context, observation.to(self.device).flatten(1).float()
 
     def context_of(self, inputs: Tensor) -> Any:

@@ -50,6 +50,8 @@ def _alone(suite: Suite, task: str) -> Path:
         seed=suite.settings.seed,
         settings=MethodSettings(steps=steps),
         policy=suite.policy,
+        device=suite.settings.device,
+        num_envs=suite.settings.num_envs,
         every_step=False,
     )
     return out
@@ -108,6 +110,7 @@ def _learn(
         prefill_from=data,
         policy=suite.policy,
         seeds=settings.learning_seeds,
+        device=settings.device,
         on_progress=show,
     )
     content = json.loads((out / "results.json").read_text())

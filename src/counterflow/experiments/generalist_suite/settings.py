@@ -18,7 +18,9 @@ class SuiteSettings:
     Attributes:
         family: "metaworld" or "libero"; its split is `counterflow/envs/tasks/held_out.json`.
         tasks: leave all other tasks out (for a trial); empty: all of the split.
-        policy: another policy than the one that is trained here: a checkpoint or run folder.
+        policy: another policy than the one that is trained here: a checkpoint or run folder, or lerobot: and a hub id or folder.
+        device: where it computes.
+        num_envs: environments stepped side by side; None: chosen.
         convention: how directions are written into references, "ogbench" or "paper".
         gripper: what references say of the gripper: what the reasoner does ("said"), or as in the paper nothing ("hold").
         reasoner_error, reasoner_delay: how often the reasoner is wrong, and how many chunks late it is.
@@ -49,6 +51,8 @@ class SuiteSettings:
     family: str = "metaworld"
     tasks: tuple[str, ...] = ()
     policy: str | None = None
+    device: str = "cpu"
+    num_envs: int | None = None
     convention: str = "ogbench"
     gripper: Literal["said", "hold", "policy"] = "said"
     reasoner_error: float = 0.0

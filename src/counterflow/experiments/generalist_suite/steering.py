@@ -80,6 +80,8 @@ def steered_successes(suite: Suite, task: str, successes: int, folder: str = "st
             settings=suite.contenders()["frs"].settings,
             reasoner=suite.reasoner,
             policy=suite.policy,
+            device=suite.settings.device,
+            num_envs=suite.settings.num_envs,
             max_episodes=MOST_TRIES if successes == 1 else 20 * successes,
         )
     except DatasetError as error:
@@ -124,6 +126,8 @@ def guidance(suite: Suite) -> None:
             episodes=settings.rollouts,
             seed=settings.seed,
             policy=suite.policy,
+            device=settings.device,
+            num_envs=settings.num_envs,
             every_step=False,
         )
     out = suite.data / f"critic-{len(seen)}-{settings.rollouts}.safetensors"

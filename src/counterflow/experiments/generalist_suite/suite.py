@@ -121,6 +121,8 @@ class Suite:
             settings.episodes if episodes is None else episodes,
             settings.seed + SEEDS[stage],
             policy=self.policy,
+            device=settings.device,
+            num_envs=settings.num_envs,
             path=self.results / stage / f"{slug(task)}.json",
             on_start=lambda name, contender: self.log(f"{stage}: {name}, {contender.label}"),
         )

@@ -6,12 +6,12 @@ import time
 from typing import Any
 
 import numpy as np
-import torch
 
 from counterflow.envs import make_env
 from counterflow.experiments.evaluate import ReasonerSettings, load_prior, machine
 from counterflow.experiments.generalist_suite.suite import Suite
 from counterflow.experiments.rollout import seen_by
+from counterflow.experiments.sight import Eyes, looks
 from counterflow.files import write_json
 from counterflow.random import child_seed
 from counterflow.reasoners import to_reference
@@ -23,7 +23,7 @@ SPEED_CHUNKS = 40
 def speed(suite: Suite) -> None:
     """Measure environment steps a second, and where the time of a steered episode goes."""
     task = next(task for tasks in suite.held_out.values() for task in tasks)
-    prior = load_prior(task, suite.policy)
+    prior = load_prior(task, suite.policy, suite.settings.device)
     spec = prior.action_spec
     length = spec.horizon if spec.executed is None else spec.executed
     found: dict[str, Any] = {"task": task, "horizon": length, "machine": machine(), "rows": []}
@@ -43,7 +43,11 @@ def speed(suite: Suite) -> None:
             began = time.perf_counter()
             said = [reasoner.decide(seen_by(reasoner, env, batch, row)) for row in range(rows) for _ in range(10)]
             thinking = (time.perf_counter() - began) / len(said)
-            observation = torch.from_numpy(batch.observation)
+            eyes, every = Eyes(prior, env), list(range(rows))
+            eyes.see(batch.observation, every)  # the first time makes what pictures are drawn with
+            began = time.perf_counter()
+            observation = eyes.see(batch.observation, every)
+            looking = {"pictures": (time.perf_counter() - began) / rows} if looks(prior) else {}
             reference = to_reference(said[::10], spec)
             computing = {}
             for method in ("base", "frs"):
@@ -51,7 +55,7 @@ def speed(suite: Suite) -> None:
                 policy.act(observation, reference if method == "frs" else None, 0)
                 began = time.perf_counter()
                 for _ in range(10):
-                    policy.act(observation, reference if method == "frs" else None, 0)
+                    policy.act(observation, reference if method == "frs" else None, 0).actions.cpu()
                 computing[method] = (time.perf_counter() - began) / 10 / rows
         found["rows"].append(
             {
@@ -60,6 +64,7 @@ def speed(suite: Suite) -> None:
                 "seconds_per_chunk": {
                     "simulator": simulating * length,
                     "reasoner": thinking,
+                    **looking,
                     **{f"policy, {method}": seconds for method, seconds in computing.items()},
                 },
             }
