@@ -57,6 +57,7 @@ def policy(make: Callable[..., Any]) -> Any:
 
 def test_the_policy_is_handed_what_lerobots_evaluation_hands_it(policy: Any) -> None:
     """Their environment, their conversion and their processor against ours, in the same episode."""
+    ours = make_env(TASK, 1, workers=0)  # first: LIBERO then knows where its assets are, and its import asks nothing
     from lerobot.envs import libero as their
     from lerobot.envs.utils import preprocess_observation
     from lerobot.processor.env_processor import LiberoProcessorStep
@@ -66,9 +67,8 @@ def test_the_policy_is_handed_what_lerobots_evaluation_hands_it(policy: Any) -> 
             return {name: batched(one) for name, one in value.items()}
         return np.asarray(value)[None]
 
-    ours = make_env(TASK, 1, workers=0)
     seed, step = 11, LiberoProcessorStep()
-    batch = ours.reset([seed])  # before LIBERO is imported elsewhere: it says where the assets are
+    batch = ours.reset([seed])
     suite = their._get_suite(f"libero_{SUITE}")
     number = next(index for index, task in enumerate(suite.tasks) if task.name == NAME)
     start = child_seed(seed, "start") % 50
