@@ -292,43 +292,6 @@ class TestEarlyStopping:
         assert not torch.allclose(first[0][1], second[0][1], atol=1e-4)
 
 
-class TestHoldOut:
-    @given(
-        episodes=st.lists(st.integers(0, 15), min_size=1, max_size=60),
-        members=st.integers(1, 6),
-        fraction=st.floats(0.01, 0.9),
-        seed=st.integers(0, 1000),
-    )
-    def test_whole_episodes_others_for_each_member(
-        self, episodes: list[int], members: int, fraction: float, seed: int
-    ) -> None:
-        array = np.array(episodes, np.int64)
-        names = np.unique(array)
-        held_out = hold_out(array, members, fraction, seed)
-        assert held_out.shape == (members, len(array))
-        if len(names) == 1:
-            assert not held_out.any()
-            return
-        chosen = [set(array[held_out[member]].tolist()) for member in range(members)]
-        for member in range(members):
-            assert not chosen[member] & set(array[~held_out[member]].tolist())
-            assert 1 <= len(chosen[member]) < len(names)
-            assert abs(len(chosen[member]) - fraction * len(names)) <= 1
-        if sum(map(len, chosen)) <= len(names):
-            assert len(set.union(*chosen)) == sum(map(len, chosen))
-        else:
-            assert set.union(*chosen) == set(names.tolist())
-
-    def test_nothing_is_held_out_at_zero(self) -> None:
-        assert not hold_out(np.arange(5), 3, 0.0, 0).any()
-
-    def test_it_depends_on_the_seed_and_not_on_the_order_of_the_examples(self) -> None:
-        episodes = np.repeat(np.arange(10), 3)
-        assert (hold_out(episodes, 2, 0.2, 0) == hold_out(episodes, 2, 0.2, 0)).all()
-        assert any((hold_out(episodes, 2, 0.2, 0) != hold_out(episodes, 2, 0.2, seed)).any() for seed in (1, 2, 3))
-        np.testing.assert_array_equal(hold_out(episodes[::-1], 2, 0.2, 0), hold_out(episodes, 2, 0.2, 0)[:, ::-1])
-
-
 def lot(episodes: list[int], value: float) -> NoiseExamples:
     count = len(episodes)
     inputs = np.full((count, INPUTS), value, np.float32)
