@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 
+from counterflow.checks import Range
+
 KEY_VARIABLE = "COUNTERFLOW_API_KEY"
 """The environment's variable that holds the key of a policy server, on either side."""
+
+PORT = Range(0, 65535, integer=True)
+"""Ports that can be asked for; 0 is any free one."""
 
 
 def is_loopback(host: str) -> bool:

@@ -577,7 +577,7 @@ class TestReading:
     def test_filters_that_leave_nothing(self, dataset: SteeringDataset, tmp_path: Path) -> None:
         with pytest.raises(UnknownNameError, match=f"did you mean .*{OTHER_TASK}"):
             dataset.filter(env="ogbench/cube-single-task3")
-        with pytest.raises(InvalidInputError, match="first 0"):
+        with pytest.raises(InvalidInputError, match="first episodes is 0"):
             dataset.filter(first=0)
         failed = dataset.filter(success=False)
         for asking in (lambda: failed.filter(success=True), failed.require_successes):

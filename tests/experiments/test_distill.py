@@ -192,7 +192,7 @@ class TestSteeringDatasets:
             examples_of(path, NOISE, windows="decision")  # type: ignore[arg-type]
         with pytest.raises(UnknownNameError, match="did you mean"):
             examples_of(path, NOISE, env="ogbench/x-task3")
-        with pytest.raises(InvalidInputError, match="first 0 episodes"):
+        with pytest.raises(InvalidInputError, match="number of first episodes is 0"):
             examples_of(path, NOISE, first=0)
         file = sorted((path / "episodes").iterdir())[1]
         file.write_bytes(file.read_bytes()[:-30])

@@ -74,7 +74,7 @@ def test_bad_settings_show_before_anything_is_simulated(tmp_path: Path, monkeypa
         film(TASK, tmp_path / "x.mp4", gif=tmp_path / "file" / "x.gif")
     with pytest.raises(InvalidInputError, match="at least 64"):
         film(TASK, tmp_path / "x.mp4", render=RenderSettings(32, 32))
-    with pytest.raises(InvalidInputError, match="at least one episode"):
+    with pytest.raises(InvalidInputError, match="tries is 0; expected an integer of at least 1"):
         film(TASK, tmp_path / "x.mp4", tries=0)
     monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", missing)
     with pytest.raises(MissingDependencyError, match="ffmpeg"):

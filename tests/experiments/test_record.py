@@ -318,7 +318,7 @@ class TestGivingUp:
     @pytest.mark.parametrize(
         ("changes", "words"),
         [
-            ({"successes": 0}, "0 successes were asked for"),
+            ({"successes": 0}, "successes is 0; expected an integer of at least 1"),
             ({"successes": 3, "max_episodes": 2}, "at least as many as successes, 3"),
             ({"seed": -1}, "seed is -1"),
         ],

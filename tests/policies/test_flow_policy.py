@@ -78,7 +78,7 @@ class TestWhatItIs:
 
 @pytest.mark.parametrize("change", [{"width": 0}, {"depth": True}, {"heads": 1.5}])
 def test_network_sizes_out_of_range(change: dict[str, Any]) -> None:
-    with pytest.raises(InvalidInputError, match="expected a positive integer"):
+    with pytest.raises(InvalidInputError, match="expected an integer of at least 1"):
         NetworkConfig(**change)
 
 

@@ -193,5 +193,5 @@ class TestText:
     def test_unknown_encoders_are_refused(self) -> None:
         with pytest.raises(InvalidInputError, match="hashed"):
             embed_texts(["bowl"], 4, "word2vec")
-        with pytest.raises(InvalidInputError, match="1 or more"):
+        with pytest.raises(InvalidInputError, match="at least 1"):
             embed_texts(["bowl"], 0)

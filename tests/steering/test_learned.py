@@ -378,7 +378,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("perturbation", [-0.1, 10.5, float("nan")])
     def test_perturbations_out_of_range(self, known: Known, perturbation: float) -> None:
-        with pytest.raises(InvalidInputError, match="expected 0 to 10"):
+        with pytest.raises(InvalidInputError, match="expected a number from 0 to 10"):
             LearnedNoise(regressor(known), perturbation)
 
     @pytest.mark.parametrize("target", ["noise", "action"])
@@ -438,7 +438,7 @@ class TestRefusals:
         ],
     )
     def test_settings_out_of_range(self, changes: dict[str, Any]) -> None:
-        with pytest.raises(InvalidInputError, match=f"{next(iter(changes))} is .*; expected a positive"):
+        with pytest.raises(InvalidInputError, match=f"{next(iter(changes))} is .*; expected a"):
             RegressorConfig(**changes)
 
     def test_unknown_names(self) -> None:

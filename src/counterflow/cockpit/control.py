@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
-from counterflow.errors import InvalidInputError, UnknownNameError
+from counterflow.checks import Range, check_name
 from counterflow.reasoners import Direction
 from counterflow.reasoners.direction import GripperCommand
 from counterflow.reasoners.words import Axes
@@ -67,8 +67,7 @@ class Control:
 
     def __post_init__(self) -> None:
         """Check the time-out."""
-        if not 0.05 <= self.stale_after <= 60:
-            raise InvalidInputError(f"stale_after is {self.stale_after!r}; expected 0.05 to 60 seconds.")
+        Range(0.05, 60, unit="seconds").check("stale_after", self.stale_after)
 
     def report(self, held: Iterable[str], now: float, *, less: bool = False, sequence: int = 0) -> None:
         """Take in which keys are held now. A key that was let go before it could be acted on still counts once.
@@ -97,8 +96,7 @@ class Control:
         Raises:
             UnknownNameError: there is no such command.
         """
-        if command not in get_args(GripperCommand):
-            raise UnknownNameError("gripper command", str(command), get_args(GripperCommand))
+        check_name("gripper command", command, GripperCommand)
         self.gripper = command  # type: ignore[assignment]  # just checked
         self._reported = now
         self._sequence = max(self._sequence, sequence)
@@ -152,6 +150,5 @@ class Control:
 def _check_ways(held: Iterable[str]) -> Iterable[str]:
     held = list(held)
     for way in held:
-        if way not in get_args(Way):
-            raise UnknownNameError("direction", str(way), get_args(Way))
+        check_name("direction", way, Way)
     return held

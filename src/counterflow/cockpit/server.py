@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from counterflow.addresses import is_loopback
+from counterflow.addresses import PORT, is_loopback
 from counterflow.cockpit.driver import Driver
 from counterflow.cockpit.picture import Frame
 from counterflow.cockpit.seats import Seats
@@ -91,8 +91,7 @@ class CockpitSettings:
 
     def __post_init__(self) -> None:
         """Check that strangers stay out."""
-        if isinstance(self.port, bool) or not 0 <= self.port <= 65535:
-            raise InvalidInputError(f"port is {self.port!r}; expected 0 (any free one) to 65535.")
+        PORT.check_all(self, "port")
         if self.token is not None and not (16 <= len(self.token) <= 1024 and self.token.isascii()):
             raise InvalidInputError(
                 f"the token has {len(self.token)} characters; expected 16 to 1024 ASCII ones. Leave it out to have one made."

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from counterflow.checks import Range
 from counterflow.cockpit.targets import METHODS
-from counterflow.errors import InvalidInputError, UnknownNameError
+from counterflow.errors import UnknownNameError
 from counterflow.experiments.evaluate import ReasonerSettings
 from counterflow.learning.dsbc import DSBCConfig
 from counterflow.policies import BasePolicy
@@ -63,9 +64,7 @@ class SessionSettings:
         """Check names and numbers."""
         if self.method is not None and self.method not in METHODS:
             raise UnknownNameError("method", self.method, METHODS)
-        if not 1 <= self.rate <= 200:
-            raise InvalidInputError(f"rate is {self.rate!r}; expected 1 to 200 actions a second.")
-        if not 64 <= self.size <= 1024:
-            raise InvalidInputError(f"size is {self.size!r}; expected 64 to 1024 pixels.")
+        Range(1, 200, unit="actions a second").check("rate", self.rate)
+        Range(64, 1024, unit="pixels").check("size", self.size)
         check_seed(self.seed)
         ReasonerSettings(convention=self.convention, magnitude=self.magnitude).writing()

@@ -21,9 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
+from counterflow.checks import COUNT_OR_ZERO
 from counterflow.data.recipe import EpisodeMaker, Kind, Recipe
 from counterflow.data.store import EpisodeStore
-from counterflow.errors import CounterflowError, InvalidInputError, WorkerError
+from counterflow.errors import CounterflowError, WorkerError
 
 Progress = Callable[[int, int, int], None]
 
@@ -103,8 +104,7 @@ def collect(
     )
     if workers is None:
         workers = os.cpu_count() or 1
-    if workers < 0:
-        raise InvalidInputError(f"workers is {workers}; expected 0 (this process) or more.")
+    COUNT_OR_ZERO.check("workers", workers)
     store = EpisodeStore(Path(out), recipe)
 
     def report(done: int) -> None:

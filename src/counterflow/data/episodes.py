@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from counterflow.checks import FRACTION
 from counterflow.data.npz import is_stored, map_npz, names_of, read_npz, save_npz, unpack_npz
 from counterflow.errors import DatasetError, InvalidInputError, StorageError
 from counterflow.files import reason_of, replacing
@@ -209,8 +210,7 @@ class EpisodeDataset:
         Raises:
             InvalidInputError: the fraction is out of range, or there is only one episode.
         """
-        if not 0 < fraction < 1:
-            raise InvalidInputError(f"the fraction to split off is {fraction}; expected more than 0 and less than 1.")
+        FRACTION.check("the fraction to split off", fraction)
         if self.num_episodes < 2:
             raise InvalidInputError("the dataset has a single episode; expected two or more to split. Collect more.")
         count = min(max(1, round(fraction * self.num_episodes)), self.num_episodes - 1)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from counterflow.checks import FRACTION
 from counterflow.data.transitions import Chunks, TransitionDataset, WindowSampler
 from counterflow.errors import InvalidInputError
 
@@ -73,8 +74,7 @@ class GoalSampler:
     def __init__(
         self, dataset: TransitionDataset, horizon: int, device: torch.device | str = "cpu", *, discount: float = 0.99
     ) -> None:
-        if not 0 < discount < 1:
-            raise InvalidInputError(f"the discount is {discount}; expected more than 0 and less than 1.")
+        FRACTION.check("the discount", discount)
         self._sampler = WindowSampler(dataset, horizon, device, "windows")
         self.horizon = horizon
         self.device = self._sampler.device

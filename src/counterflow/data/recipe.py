@@ -16,11 +16,12 @@ from __future__ import annotations
 import itertools
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from counterflow.checks import check_name
 from counterflow.envs.ogbench import FAMILIES
 from counterflow.envs.rendering import prepare_backend
 from counterflow.errors import InvalidInputError, UnknownNameError
@@ -99,8 +100,7 @@ class Recipe:
         """Check every value."""
         if self.env not in COLLECTED:
             raise UnknownNameError("family of environments with oracles", self.env, COLLECTED)
-        if self.kind not in get_args(Kind):
-            raise UnknownNameError("kind of data", self.kind, get_args(Kind))
+        check_name("kind of data", self.kind, Kind)
         check_seed(self.seed)
         for name, least in (("episodes", 1), ("validation_episodes", 0), ("max_episode_steps", 2)):
             if getattr(self, name) < least:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from counterflow.checks import COUNT, check_name
 from counterflow.data.episodes import EpisodeDataset
-from counterflow.errors import DatasetError, InvalidInputError, UnknownNameError
+from counterflow.errors import DatasetError
 
 Weighting = Literal["windows", "episodes"]
 
@@ -58,10 +59,8 @@ class ChunkSampler:
         *,
         weighting: Weighting = "windows",
     ) -> None:
-        if horizon < 1:
-            raise InvalidInputError(f"the horizon is {horizon}; expected 1 or more.")
-        if weighting not in get_args(Weighting):
-            raise UnknownNameError("weighting", weighting, get_args(Weighting))
+        COUNT.check("the horizon", horizon)
+        check_name("weighting", weighting, Weighting)
         long_enough = dataset.lengths >= horizon
         self.num_left_out = int((~long_enough).sum())
         if not long_enough.any():
@@ -104,8 +103,7 @@ class ChunkSampler:
         Raises:
             InvalidInputError: the batch size is not positive.
         """
-        if batch_size < 1:
-            raise InvalidInputError(f"batch_size is {batch_size}; expected 1 or more.")
+        COUNT.check("batch_size", batch_size)
         if self.weighting == "windows":
             window = torch.randint(self.num_windows, (batch_size,), generator=generator, device=self.device)
         else:
@@ -127,8 +125,8 @@ class ChunkSampler:
             InvalidInputError: a number is not positive.
         """
         for name, value in (("batch_size", batch_size), ("limit", limit)):
-            if value is not None and value < 1:
-                raise InvalidInputError(f"{name} is {value}; expected 1 or more.")
+            if value is not None:
+                COUNT.check(name, value)
         count = self.num_windows if limit is None else min(limit, self.num_windows)
         window = torch.arange(count, device=self.device) * self.num_windows // count
         return (self._gather(window[first : first + batch_size]) for first in range(0, count, batch_size))

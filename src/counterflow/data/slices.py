@@ -8,7 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Generic, TypeVar
 
-from counterflow.errors import DatasetError, InvalidInputError
+from counterflow.checks import COUNT, COUNT_OR_ZERO
+from counterflow.errors import DatasetError
 
 Loaded = TypeVar("Loaded")
 
@@ -33,8 +34,7 @@ class SliceStream(Generic[Loaded]):
     """
 
     def __init__(self, folder: Path | str, load: Callable[[Path], Loaded], every: int = 1000) -> None:
-        if every < 1:
-            raise InvalidInputError(f"every is {every}; expected 1 or more updates.")
+        COUNT.check("every", every)
         folder = Path(folder)
         self.paths = sorted(path for path in folder.glob("*.npz") if not path.stem.endswith("-val"))
         if not self.paths:
@@ -59,8 +59,7 @@ class SliceStream(Generic[Loaded]):
             InvalidInputError: the number is negative.
             Exception: whatever `load` raised, when the slice's turn has come; calling again tries again.
         """
-        if update < 0:
-            raise InvalidInputError(f"update is {update}; expected 0 or more.")
+        COUNT_OR_ZERO.check("update", update)
         index = update // self.every % len(self.paths)
         if index != self._index or self._current is None:
             self._index, self._current = index, None  # let go before anything else is loaded

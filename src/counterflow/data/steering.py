@@ -31,6 +31,7 @@ import numpy as np
 
 import counterflow
 from counterflow.binding import Binding
+from counterflow.checks import COUNT, COUNT_OR_ZERO, FRACTION
 from counterflow.data.steering_episode import (
     ABOUT,
     Array,
@@ -254,8 +255,8 @@ class SteeringDataset:
             InvalidInputError: `first` is less than 1.
             DatasetError: nothing is left.
         """
-        if first is not None and first < 1:
-            raise InvalidInputError(f"the first {first} episodes were asked for; expected 1 or more.")
+        if first is not None:
+            COUNT.check("the number of first episodes", first)
         if not self._episodes:
             raise DatasetError(f"{self.path} holds no episodes. Record some first.")
         kept = self._episodes
@@ -297,8 +298,7 @@ class SteeringDataset:
         Raises:
             InvalidInputError: the fraction is out of range, or there are fewer than two episodes.
         """
-        if not 0 < fraction < 1:
-            raise InvalidInputError(f"the fraction to split off is {fraction}; expected more than 0 and less than 1.")
+        FRACTION.check("the fraction to split off", fraction)
         if len(self) < 2:
             raise InvalidInputError(
                 f"{self.path} has {len(self)} episodes; expected two or more to split. Record more."
@@ -620,10 +620,8 @@ def _check_binding(binding: Binding) -> None:
     """
     for name in ("horizon", "dim", "steps"):
         value = getattr(binding, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidInputError(f"the binding's {name} is {value!r}; expected an integer of at least 1.")
-    if isinstance(binding.padding, bool) or not isinstance(binding.padding, int) or binding.padding < 0:
-        raise InvalidInputError(f"the binding's padding is {binding.padding!r}; expected an integer of at least 0.")
+        COUNT.check(f"the binding's {name}", value)
+    COUNT_OR_ZERO.check("the binding's padding", binding.padding)
     if binding.solver not in SOLVERS:
         raise UnknownNameError("solver", str(binding.solver), SOLVERS)
 

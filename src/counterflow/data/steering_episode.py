@@ -39,6 +39,7 @@ import numpy as np
 import numpy.typing as npt
 
 from counterflow.binding import Binding
+from counterflow.checks import COUNT_OR_ZERO
 from counterflow.data.npz import names_of, read_npz, save_npz
 from counterflow.errors import DatasetError, InvalidInputError
 from counterflow.random import check_seed
@@ -119,8 +120,7 @@ def check_episode(episode: SteeringEpisode, binding: Binding) -> None:
         raise InvalidInputError(f"the environment is {episode.env!r}; expected the name of a task.")
     if not isinstance(episode.source, str):
         raise InvalidInputError(f"the source is {episode.source!r}; expected an id that add_source() returned.")
-    if isinstance(episode.index, bool) or not isinstance(episode.index, int | np.integer) or episode.index < 0:
-        raise InvalidInputError(f"the index is {episode.index!r}; expected an integer of at least 0.")
+    COUNT_OR_ZERO.check("the index", episode.index)
     if not isinstance(episode.success, bool | np.bool_):
         raise InvalidInputError(f"the success of {episode} is {episode.success!r}; expected True or False.")
     arrays = episode.arrays

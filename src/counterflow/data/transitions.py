@@ -11,16 +11,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from counterflow.checks import COUNT, SHARE, check_name
 from counterflow.data.episodes import Array, EpisodeDataset
 from counterflow.data.sampling import Weighting
-from counterflow.errors import DatasetError, InvalidInputError, UnknownNameError
+from counterflow.errors import DatasetError
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -259,10 +259,8 @@ class WindowSampler:
         device: torch.device | str = "cpu",
         weighting: Weighting = "windows",
     ) -> None:
-        if horizon < 1:
-            raise InvalidInputError(f"the horizon is {horizon}; expected 1 or more.")
-        if weighting not in get_args(Weighting):
-            raise UnknownNameError("weighting", weighting, get_args(Weighting))
+        COUNT.check("the horizon", horizon)
+        check_name("weighting", weighting, Weighting)
         lengths, lasts = dataset.lengths, dataset.lasts
         least = max(horizon, 2) if weighting == "episodes" else horizon
         if lengths.max() < least:
@@ -310,8 +308,7 @@ class WindowSampler:
         Raises:
             InvalidInputError: the batch size is not positive.
         """
-        if batch_size < 1:
-            raise InvalidInputError(f"batch_size is {batch_size}; expected 1 or more.")
+        COUNT.check("batch_size", batch_size)
         if self.weighting == "windows":
             return self._starts[torch.randint(self.num_starts, (batch_size,), generator=generator, device=self.device)]
         episode = torch.randint(len(self._counts), (batch_size,), generator=generator, device=self.device)
@@ -346,8 +343,7 @@ class WindowSampler:
         Raises:
             InvalidInputError: the discount is out of range.
         """
-        if not 0 <= discount <= 1:
-            raise InvalidInputError(f"the discount is {discount}; expected 0 to 1.")
+        SHARE.check("the discount", discount)
         rows, inside = self.chunk_rows(starts)
         weights = discount ** self.steps[:-1]
         return Chunks(

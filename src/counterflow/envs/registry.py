@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 
+from counterflow.checks import Range
 from counterflow.envs import libero, metaworld, ogbench, ogbench_locomotion
 from counterflow.envs.types import EnvSpec, RenderSettings, TaskEnv
 from counterflow.envs.vector import VectorEnv
@@ -158,6 +159,5 @@ def make_env(
         WorkerError: a worker process failed to start.
     """
     check_env_name(name)
-    if not 1 <= num_envs <= MAX_ENVS:
-        raise InvalidInputError(f"num_envs is {num_envs}; expected 1 to {MAX_ENVS}.")
+    Range(1, MAX_ENVS, integer=True).check("num_envs", num_envs)
     return VectorEnv([partial(make_task, name, render)] * num_envs, check_seed(seed), workers)

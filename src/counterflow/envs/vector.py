@@ -21,6 +21,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from counterflow.checks import COUNT_OR_ZERO
 from counterflow.envs.types import Batch, CameraView, EnvSpec, Image, Moment, SeenTaskEnv, Sights, TaskEnv
 from counterflow.errors import CounterflowError, InvalidInputError, UnknownNameError, WorkerError
 from counterflow.random import child_seed
@@ -171,8 +172,7 @@ class VectorEnv:
     def __init__(self, makers: Sequence[MakeTask], seed: int, workers: int | None = None) -> None:
         if workers is None:
             workers = 0 if len(makers) == 1 else min(os.cpu_count() or 1, len(makers))
-        if workers < 0:
-            raise InvalidInputError(f"workers is {workers}; expected 0 (this process) or more.")
+        COUNT_OR_ZERO.check("workers", workers)
         self.num_envs = len(makers)
         self._seed, self._resets = seed, 0
         self._last: dict[int, _Result] = {}

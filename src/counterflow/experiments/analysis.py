@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from counterflow.checks import COUNT
 from counterflow.envs import VectorEnv
-from counterflow.errors import InvalidInputError, MismatchError
+from counterflow.errors import MismatchError
 from counterflow.experiments.evaluate import ReasonerSettings
 from counterflow.experiments.sight import check_fit
 from counterflow.flow import denoise, log_prob, reverse
@@ -85,8 +86,7 @@ def gather_references(
     Returns:
         Observations (N, O) and the reference (N rows).
     """
-    if count < 1:
-        raise InvalidInputError(f"{count} references were asked for; expected 1 or more.")
+    COUNT.check("the number of references", count)
     check_fit(policy, env.spec)
     reasoner = ReasonerSettings() if reasoner is None else reasoner
     steered = steer(policy, "frs", settings)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from counterflow.checks import NOT_NEGATIVE
 from counterflow.data import SteeringDataset
 from counterflow.data.replay import Recorded, Replay
 from counterflow.envs import VectorEnv
@@ -89,8 +90,7 @@ class CorrectionsRun:
             raise InvalidInputError(
                 f"residual_bound is {self.residual_bound}; expected one positive number, or one for each action dimension."
             )
-        if not 0 <= self.bound < float("inf"):
-            raise InvalidInputError(f"bound is {self.bound!r}; expected a finite number of 0 or more.")
+        NOT_NEGATIVE.check_all(self, "bound")
 
     def space(self, policy: BasePolicy, steps: int, solver: str) -> SteeringSpace:
         """Return the residual's space on top of a policy that denoises like that."""

@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from counterflow.checks import COUNT
 from counterflow.data import SteeringDataset, SteeringEpisode
 from counterflow.envs import Batch, VectorEnv
-from counterflow.errors import DatasetError, InvalidInputError, MismatchError, TrainingError
+from counterflow.errors import DatasetError, MismatchError, TrainingError
 from counterflow.experiments.distill import examples_of
 from counterflow.experiments.evaluate import check_episodes, load_prior, open_env
 from counterflow.experiments.inversion import InversionSettings, invert_chunks
@@ -102,8 +103,7 @@ def dagger(
         DatasetError: the data can't be learned from.
         StorageError: something can't be written; finished rounds are safe.
     """
-    if rounds < 1:
-        raise InvalidInputError(f"rounds is {rounds}; expected 1 or more.")
+    COUNT.check("rounds", rounds)
     check_episodes(episodes)
     config, out = DAggerConfig() if config is None else config, Path(out)
     prior = load_prior(env, policy)

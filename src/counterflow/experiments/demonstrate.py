@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 import counterflow
+from counterflow.checks import COUNT, Range
 from counterflow.data.npz import save_npz
 from counterflow.envs import VectorEnv, check_env_name, expand_tasks, family_of, make_env
 from counterflow.envs.rendering import prepare_backend
@@ -110,8 +111,7 @@ def demonstrate(
         WorkerError: a simulator failed.
     """
     check_env_name(env_name)
-    if isinstance(episodes, bool) or not (isinstance(episodes, int) and 1 <= episodes <= MAX_EPISODES):
-        raise InvalidInputError(f"episodes is {episodes!r}; expected an integer from 1 to {MAX_EPISODES}.")
+    Range(1, MAX_EPISODES, integer=True).check("episodes", episodes)
     path = Path(out)
     if path.suffix != ".npz":
         raise InvalidInputError(f"the demonstrations' path is {str(path)!r}; expected it to end in '.npz'.")
@@ -186,8 +186,7 @@ def demonstrate_tasks(
     """
     tasks = expand_tasks(env_names)
     count = min(len(tasks), os.cpu_count() or 1) if workers is None else workers
-    if count < 1:
-        raise InvalidInputError(f"workers is {workers}; expected 1 or more.")
+    COUNT.check("workers", count)
     for family in dict.fromkeys(map(family_of, tasks)):  # a missing expert or package is said here, not in a worker
         oracle_expert(next(task for task in tasks if family_of(task) == family), noise)
     settings: dict[str, Any] = {"episodes": episodes, "seed": seed, "noise": noise, "overwrite": overwrite}

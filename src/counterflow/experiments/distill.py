@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
+from counterflow.checks import check_name
 from counterflow.data import EpisodeDataset, SteeringDataset
-from counterflow.errors import DatasetError, InvalidInputError, MismatchError, UnknownNameError
+from counterflow.errors import DatasetError, InvalidInputError, MismatchError
 from counterflow.experiments.inversion import read_binding
 from counterflow.experiments.lerobot_data import is_augmented, lerobot_examples
 from counterflow.learning.dsbc import DSBCConfig, NoiseExamples, distil, join
@@ -40,8 +41,7 @@ def examples_of(
         MismatchError: the inputs that were asked for weren't recorded.
     """
     path = Path(path)
-    if windows not in get_args(Windows):
-        raise UnknownNameError("windows", str(windows), get_args(Windows))
+    check_name("windows", windows, Windows)
     if is_augmented(path):
         return lerobot_examples(path, config, first)
     if path.is_dir():

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 import counterflow
+from counterflow.checks import Range
 from counterflow.envs import RenderSettings, VectorEnv, check_env_name, describe, family_of, groups, make_env
 from counterflow.errors import InvalidInputError, MismatchError
 from counterflow.experiments.rollout import Episode, MakeReasoner, run_episodes
@@ -234,8 +235,7 @@ def adapted(policy: BasePolicy, env: str) -> BasePolicy:
 
 def check_episodes(episodes: int) -> int:
     """Return `episodes`, or raise `InvalidInputError` unless it is a sensible number."""
-    if not (isinstance(episodes, int) and 1 <= episodes <= MAX_EPISODES):
-        raise InvalidInputError(f"episodes is {episodes!r}; expected an integer from 1 to {MAX_EPISODES}.")
+    Range(1, MAX_EPISODES, integer=True).check("episodes", episodes)
     return episodes
 
 

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
 
+from counterflow.checks import COUNT
 from counterflow.envs import CameraView, EnvSpec, RenderSettings, VectorEnv, make_env
 from counterflow.errors import InvalidInputError
 from counterflow.experiments.evaluate import ReasonerSettings, load_prior
@@ -65,8 +66,7 @@ def film(
         StorageError: the film can't be written.
         InvalidInputError, UnknownNameError, MismatchError: an argument can't be right.
     """
-    if tries < 1:
-        raise InvalidInputError(f"tries is {tries}; expected at least one episode to choose from.")
+    COUNT.check("tries", tries)
     render = RenderSettings(384, 384) if render is None else render
     if min(render.width, render.height) < LEAST_SIZE:
         raise InvalidInputError(

@@ -20,7 +20,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 
 from counterflow.binding import Binding
+from counterflow.checks import POSITIVE, check_name, check_numbers
 from counterflow.data import EpisodeDataset, SteeringDataset
 from counterflow.data.npz import save_npz
 from counterflow.envs import describe
-from counterflow.errors import DatasetError, InvalidInputError, UnknownNameError
+from counterflow.errors import DatasetError, InvalidInputError
 from counterflow.experiments.evaluate import load_prior
 from counterflow.experiments.train import check_dataset
 from counterflow.files import replacing, write_json
@@ -84,17 +85,9 @@ class InversionSettings:
     def __post_init__(self) -> None:
         """Check every setting."""
         check_steps(self.steps)
-        if self.method not in get_args(Method):
-            raise UnknownNameError("inversion method", str(self.method), get_args(Method))
-        least = 1 if self.method == "regularised" else 0
-        if self.iterations < least or self.batch_size < 1:
-            raise InvalidInputError(
-                f"iterations is {self.iterations}, batch_size {self.batch_size}; expected {least} and 1, or more."
-            )
-        if not (self.tolerance > 0 and self.penalty >= 0):
-            raise InvalidInputError(
-                f"tolerance is {self.tolerance}, penalty {self.penalty}; expected more than 0, and 0 or more."
-            )
+        check_name("inversion method", self.method, Method)
+        check_numbers(self, or_zero=() if self.method == "regularised" else ("iterations",))
+        POSITIVE.check_all(self, "tolerance")
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from counterflow.binding import Binding
+from counterflow.checks import COUNT
 from counterflow.data import SteeringDataset
 from counterflow.envs import describe, env_names
 from counterflow.errors import (
@@ -103,8 +104,7 @@ def augment_dataset(
         InvalidInputError: `out` exists, or a number is out of range.
         StorageError: writing failed; nothing was left at `out`.
     """
-    if batch_size < 1:
-        raise InvalidInputError(f"batch_size is {batch_size}; expected 1 or more.")
+    COUNT.check("batch_size", batch_size)
     source = open_dataset(data, revision)
     if NOISE in source.features:
         raise DatasetError(f"{data} has noises already. Augment the dataset that it was made from.")
@@ -183,8 +183,7 @@ def convert_steering(
         InvalidInputError: `out` exists, or fps is not positive.
         StorageError: writing failed; nothing was left at `out`.
     """
-    if fps < 1:
-        raise InvalidInputError(f"fps is {fps}; expected 1 or more steps a second.")
+    COUNT.check("fps", fps)
     dataset = SteeringDataset.load(path)
     dataset = dataset.require_successes() if success_only else dataset
     if len(dataset) == 0:

@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from counterflow.checks import check_numbers
 from counterflow.data import ACTOR_GOALS, VALUE_GOALS, GoalSampler, SliceStream, TransitionDataset, WindowSampler
 from counterflow.data.sampling import Weighting
 from counterflow.data.transitions import Chunks, Windows
@@ -84,16 +85,7 @@ class OfflineRun:
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        for name, least in (
-            ("steps", 1),
-            ("evaluate_every", 0),
-            ("episodes", 0),
-            ("checkpoint_every", 1),
-            ("report_every", 1),
-            ("slice_every", 1),
-        ):
-            if getattr(self, name) < least:
-                raise InvalidInputError(f"{name} is {getattr(self, name)}; expected {least} or more.")
+        check_numbers(self, or_zero=("evaluate_every", "episodes"))
         if self.slice_every % BLOCK:
             raise InvalidInputError(
                 f"slice_every is {self.slice_every}; expected a multiple of {BLOCK}, the updates that are drawn together."

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from torch import Tensor
 
+from counterflow.checks import check_name, check_numbers
 from counterflow.errors import InvalidInputError, UnknownNameError
 from counterflow.experiments.steering_env import RewardKind
 from counterflow.learning.dsrl import DSRLConfig, Variant
@@ -86,15 +87,7 @@ class OnlineRun:
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        zero = ("first", "start_episodes", "evaluate_every", "episodes", "final_episodes")
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            least = 0 if setting.name in zero else 1
-            if setting.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise InvalidInputError(f"{setting.name} is {value!r}; expected an integer of {least} or more.")
-        for name in ("bound", "spread"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InvalidInputError(f"{name} is {getattr(self, name)!r}; expected a finite number of 0 or more.")
+        check_numbers(self, or_zero=("first", "start_episodes", "evaluate_every", "episodes", "final_episodes"))
         if not self.residual_bound:
             raise InvalidInputError(
                 "no residual bound was given; expected one number, or one for each action dimension."
@@ -182,8 +175,7 @@ def online_preset(algorithm: str, name: PresetName, variant: Variant = "sac") ->
     """
     if algorithm not in CONFIGS:
         raise UnknownNameError("online algorithm", algorithm, CONFIGS)
-    if name not in get_args(PresetName):
-        raise UnknownNameError("preset", str(name), get_args(PresetName))
+    check_name("preset", name, PresetName)
     if algorithm == "dsrl" and variant not in PAPER_DSRL:
         raise UnknownNameError("variant", str(variant), PAPER_DSRL)
     chosen = SMALL[algorithm] if name == "small" else PAPER_DSRL[variant] if algorithm == "dsrl" else PAPER[algorithm]

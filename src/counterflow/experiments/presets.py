@@ -7,8 +7,9 @@ scripts/bc_iql_train.py and defaults).
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from counterflow.checks import check_name
 from counterflow.errors import UnknownNameError
 from counterflow.experiments.offline import CONFIGS, OfflineRun
 from counterflow.learning import BCConfig
@@ -98,8 +99,7 @@ def preset(algorithm: str, env: str, name: PresetName) -> tuple[OfflineConfig, O
     """
     if algorithm not in CONFIGS:
         raise UnknownNameError("offline algorithm", algorithm, CONFIGS)
-    if name not in get_args(PresetName):
-        raise UnknownNameError("preset", str(name), get_args(PresetName))
+    check_name("preset", name, PresetName)
     family = env.split("/")[-1]
     table = OFFICIAL[algorithm]
     own = next((found for begin, found in table.items() if family.startswith(begin)), None)
@@ -122,8 +122,7 @@ def cloning_preset(env: str, name: PresetName) -> BCConfig:
     Raises:
         UnknownNameError: no such preset, or no official settings are known for the environment's family.
     """
-    if name not in get_args(PresetName):
-        raise UnknownNameError("preset", str(name), get_args(PresetName))
+    check_name("preset", name, PresetName)
     if name == "small":
         return BCConfig()
     flow, run = preset("qgf", env, "paper")

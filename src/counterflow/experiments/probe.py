@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from counterflow.checks import COUNT
 from counterflow.envs import VectorEnv
-from counterflow.errors import InvalidInputError
 from counterflow.experiments.evaluate import check_episodes, policy_name
 from counterflow.experiments.online_agents import PriorLatent
 from counterflow.experiments.online_data import AXES
@@ -120,8 +120,7 @@ def probe(
         MismatchError: policy and environment don't fit, or nobody knows which of its actions move the robot.
     """
     check_episodes(episodes)
-    if draws < 1:
-        raise InvalidInputError(f"{draws} fixed noises were asked for; expected 1 or more.")
+    COUNT.check("the number of fixed noises", draws)
     check_on_states(policy, "how far references get through is measured", "Try 'counterflow eval --steer frs' instead.")
     seeds = [child_seed(check_seed(seed), "probe", index) for index in range(episodes)]
     spec = policy.action_spec

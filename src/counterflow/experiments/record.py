@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from counterflow.binding import Binding
+from counterflow.checks import COUNT
 from counterflow.data import EpisodeDataset, SteeringDataset, SteeringEpisode
 from counterflow.errors import DatasetError, InvalidInputError
 from counterflow.experiments.evaluate import (
@@ -109,8 +110,7 @@ def record(
         DatasetError: too few episodes succeed; what was recorded is safe.
         StorageError: an episode can't be written; those before are safe.
     """
-    if successes < 1:
-        raise InvalidInputError(f"{successes} successes were asked for; expected 1 or more.")
+    COUNT.check("successes", successes)
     if episodes is not None:
         check_episodes(episodes)
     most = 10 * successes + 20 if max_episodes is None else max_episodes

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from counterflow.checks import COUNT
 from counterflow.envs import Batch, VectorEnv
 from counterflow.envs.types import Image
 from counterflow.errors import InvalidInputError
@@ -150,8 +151,8 @@ def run_episodes(
     """
     if not seeds:
         raise InvalidInputError("no episodes were asked for; give at least one seed.")
-    if max_chunks is not None and max_chunks < 1:
-        raise InvalidInputError(f"max_chunks is {max_chunks}; expected 1 or more, or None for whole episodes.")
+    if max_chunks is not None:
+        COUNT.check("max_chunks", max_chunks)
     spec = policy.action_spec
     eyes = Eyes(policy, env)
     rows = min(env.num_envs, len(seeds))

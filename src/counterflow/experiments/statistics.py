@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import NamedTuple, Protocol
 
+from counterflow.checks import COUNT, FRACTION
 from counterflow.errors import InvalidInputError
 
 CONFIDENCE = 0.95
@@ -71,8 +72,7 @@ def wilson_interval(successes: int, episodes: int, confidence: float = CONFIDENC
         InvalidInputError: a count is not a whole number or out of range, or the confidence is not inside (0, 1).
     """
     successes, episodes = _checked_counts(successes, episodes)
-    if not 0 < confidence < 1:
-        raise InvalidInputError(f"confidence is {confidence!r}; expected a number inside (0, 1), for example 0.95.")
+    FRACTION.check("confidence", confidence)
     return _wilson(successes / episodes, episodes, confidence)
 
 
@@ -238,8 +238,7 @@ def _checked_counts(successes: int, episodes: int) -> tuple[int, int]:
         raise InvalidInputError(
             f"successes and episodes are {successes!r} and {episodes!r}; expected whole numbers, not rates."
         ) from None
-    if episodes < 1:
-        raise InvalidInputError(f"episodes is {episodes}; expected at least 1: nothing is known without an episode.")
+    COUNT.check("episodes", episodes, "Nothing is known without an episode.")
     if not 0 <= successes <= episodes:
         raise InvalidInputError(f"successes is {successes} of {episodes} episodes; expected 0 to {episodes}.")
     return successes, episodes

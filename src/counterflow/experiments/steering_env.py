@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import gymnasium
 import numpy as np
@@ -22,8 +22,9 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from counterflow.checks import COUNT, RATE, check_name
 from counterflow.envs import Batch, VectorEnv, make_env
-from counterflow.errors import InvalidInputError, TrainingError, UnknownNameError
+from counterflow.errors import InvalidInputError, TrainingError
 from counterflow.experiments.evaluate import load_prior
 from counterflow.experiments.rollout import Decision
 from counterflow.experiments.sight import Eyes
@@ -118,12 +119,10 @@ class SteeredRows:
         self._eyes = Eyes(space.policy, env)
         if len(seeds) != env.num_envs:
             raise InvalidInputError(f"{len(seeds)} seeds were given for {env.num_envs} environments; give one each.")
-        if not 0 < discount <= 1:
-            raise InvalidInputError(f"the discount is {discount!r}; expected more than 0, at most 1.")
-        if reward not in get_args(RewardKind):
-            raise UnknownNameError("reward", str(reward), get_args(RewardKind))
-        if max_chunks is not None and max_chunks < 1:
-            raise InvalidInputError(f"max_chunks is {max_chunks}; expected 1 or more, or None.")
+        RATE.check("the discount", discount)
+        check_name("reward", reward, RewardKind)
+        if max_chunks is not None:
+            COUNT.check("max_chunks", max_chunks)
         self.env, self.space, self.discount, self.reward, self.max_chunks = env, space, discount, reward, max_chunks
         self.seeds = [check_seed(seed) for seed in seeds]
         self.episodes = [-1] * len(seeds)  # the number of each row's present episode

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from counterflow.checks import COUNT
 from counterflow.data import ChunkSampler, EpisodeDataset
 from counterflow.data.sampling import Weighting
 from counterflow.envs import EnvSpec, describe
-from counterflow.errors import DatasetError, InvalidInputError, MismatchError, TrainingError
+from counterflow.errors import DatasetError, MismatchError, TrainingError
 from counterflow.experiments.evaluate import machine
 from counterflow.experiments.run import Run, read_config
 from counterflow.learning import BCConfig, BCLearner
@@ -75,8 +76,7 @@ class Cadence:
     def __post_init__(self) -> None:
         """Check the numbers."""
         for name in ("validate", "checkpoint", "report"):
-            if getattr(self, name) < 1:
-                raise InvalidInputError(f"{name}_every is {getattr(self, name)}; expected 1 or more updates.")
+            COUNT.check(f"{name}_every", getattr(self, name))
 
 
 @dataclass(frozen=True)

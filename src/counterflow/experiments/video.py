@@ -14,6 +14,7 @@ import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageColor
 
+from counterflow.checks import Range
 from counterflow.errors import InvalidInputError, MissingDependencyError
 from counterflow.experiments.panels import Frame
 from counterflow.experiments.style import INK, METHOD_COLOURS, PAPER, SUCCESS
@@ -50,8 +51,7 @@ def video_writer(path: Path | str, fps: float = 20.0, *, loop_speed: float = 1.0
     """
     path = Path(path)
     for name, value in (("fps", fps), ("loop_speed", loop_speed)):
-        if not (math.isfinite(value) and 0 < value <= 240):
-            raise InvalidInputError(f"{name} is {value!r}; expected a number in (0, 240].")
+        Range(0, 240, above=True).check(name, value)
     suffix = path.suffix.lower()
     if suffix not in (".mp4", ".gif"):
         raise InvalidInputError(f"the film's path is {path}; expected a name that ends in .mp4 or .gif.")

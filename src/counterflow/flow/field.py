@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from counterflow.checks import COUNT
 from counterflow.errors import InvalidInputError, MismatchError
 
 
@@ -105,8 +106,7 @@ def check_count(count: int, name: str) -> None:
     Raises:
         InvalidInputError: it is not.
     """
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise InvalidInputError(f"{name} is {count!r}; expected a positive integer, e.g. 10.")
+    COUNT.check(name, count)
 
 
 def check_differentiation(caller: str) -> None:

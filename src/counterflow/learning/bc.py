@@ -16,13 +16,14 @@ import math
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from counterflow.checks import COUNT, NOT_NEGATIVE, RATE, Range, check_names
 from counterflow.data import ChunkBatch
-from counterflow.errors import CheckpointError, InvalidInputError, UnknownNameError
+from counterflow.errors import CheckpointError, InvalidInputError
 from counterflow.flow import matching_loss, sample_time
 from counterflow.flow.matching import TimeLaw
 from counterflow.policies import FlowPolicy, GeneralistPolicy, NetworkConfig, NormalisationKind, bind
@@ -78,20 +79,11 @@ class BCConfig:
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        for name in ("horizon", "steps", "batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidInputError(f"{name} is {value!r}; expected a positive integer.")
-        if not 0 < self.learning_rate <= 1:
-            raise InvalidInputError(f"learning_rate is {self.learning_rate!r}; expected more than 0, at most 1.")
-        if not 0 <= self.average < 1:
-            raise InvalidInputError(f"average is {self.average!r}; expected a decay in [0, 1).")
-        for name in ("weight_decay", "gradient_norm"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise InvalidInputError(f"{name} is {getattr(self, name)!r}; expected zero or a positive number.")
-        for name, known in (("schedule", get_args(Schedule)), ("precision", get_args(Precision))):
-            if getattr(self, name) not in known:
-                raise UnknownNameError(name, str(getattr(self, name)), known)
+        COUNT.check_all(self, "horizon", "steps", "batch_size")
+        RATE.check_all(self, "learning_rate")
+        Range(0, 1, below=True).check("average", self.average)
+        NOT_NEGATIVE.check_all(self, "weight_decay", "gradient_norm")
+        check_names(self, schedule=Schedule, precision=Precision)
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,15 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from counterflow.errors import DatasetError, InvalidInputError, UnknownNameError
+from counterflow.checks import COUNT, RATE, Range, check_names
+from counterflow.errors import DatasetError, InvalidInputError
 from counterflow.learning.held_out import HeldOut, Progress, fit, hold_out
 from counterflow.policies import Normaliser
 from counterflow.random import check_seed, child_seed, generator
@@ -86,19 +87,11 @@ class ChunkCriticConfig:
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        for name, known in (("method", get_args(Method)), ("backup", get_args(Backup))):
-            if getattr(self, name) not in known:
-                raise UnknownNameError(name, str(getattr(self, name)), known)
-        for name in ("steps", "batch_size", "evaluate_every", "patience"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidInputError(f"{name} is {value!r}; expected a positive integer.")
-        for name in ("learning_rate", "target_rate", "discount"):
-            if not 0 < getattr(self, name) <= 1:
-                raise InvalidInputError(f"{name} is {getattr(self, name)!r}; expected more than 0, at most 1.")
+        check_names(self, method=Method, backup=Backup)
+        COUNT.check_all(self, "steps", "batch_size", "evaluate_every", "patience")
+        RATE.check_all(self, "learning_rate", "target_rate", "discount")
         for name, most in (("held_out", 0.9), ("input_noise", 10.0), ("chunk_noise", 10.0), ("weight_decay", 100.0)):
-            if not 0 <= getattr(self, name) <= most:
-                raise InvalidInputError(f"{name} is {getattr(self, name)!r}; expected 0 to {most:g}.")
+            Range(0, most).check_all(self, name)
 
 
 @dataclass(frozen=True, eq=False)

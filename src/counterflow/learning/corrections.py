@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from counterflow.checks import check_name
 from counterflow.data.replay import ReplayBatch
-from counterflow.errors import UnknownNameError
 from counterflow.learning.residual import Compose, ResidualConfig, ResidualLearner
 from counterflow.learning.sac import ActionSizes, Losses, SACDraws
 from counterflow.policies.stacked import StackedMLP
@@ -54,8 +54,7 @@ class CorrectionsConfig(ResidualConfig):
     def __post_init__(self) -> None:
         """Check every setting."""
         super().__post_init__()
-        if self.anchor not in get_args(Anchor):
-            raise UnknownNameError("anchor", str(self.anchor), get_args(Anchor))
+        check_name("anchor", self.anchor, Anchor)
 
 
 class CorrectionsLearner(ResidualLearner):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from counterflow.errors import InvalidInputError
+from counterflow.checks import COUNT, NOT_NEGATIVE
 from counterflow.learning.dsbc import DSBCConfig, NoiseExamples, distil, join
 from counterflow.steering.learned import ChunkRegressor
 
@@ -67,10 +67,8 @@ class Stalled:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if self.patience < 1 or self.hold < 1 or not self.margin >= 0:
-            raise InvalidInputError(
-                f"patience is {self.patience}, hold {self.hold}, margin {self.margin}; expected 1 or more, 1 or more, 0 or more."
-            )
+        COUNT.check_all(self, "patience", "hold")
+        NOT_NEGATIVE.check_all(self, "margin")
 
     def reset(self) -> None:
         """Forget the last episode."""
@@ -145,8 +143,7 @@ class DAggerConfig:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if self.steps < 1 or self.repeat < 1:
-            raise InvalidInputError(f"steps is {self.steps}, repeat {self.repeat}; expected 1 or more.")
+        COUNT.check_all(self, "steps", "repeat")
 
 
 def learn(

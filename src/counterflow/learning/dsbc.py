@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from counterflow.binding import Binding
-from counterflow.errors import DatasetError, InvalidInputError, MismatchError
+from counterflow.checks import COUNT, RATE, Range
+from counterflow.errors import DatasetError, MismatchError
 from counterflow.learning.held_out import HeldOut, Progress, fit, hold_out
 from counterflow.policies import Normaliser
 from counterflow.policies.ensemble import EnsembleMLP
@@ -71,15 +72,10 @@ class DSBCConfig:
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        for name in ("steps", "batch_size", "evaluate_every", "patience"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidInputError(f"{name} is {value!r}; expected a positive integer.")
-        if not 0 < self.learning_rate <= 1:
-            raise InvalidInputError(f"learning_rate is {self.learning_rate!r}; expected more than 0, at most 1.")
+        COUNT.check_all(self, "steps", "batch_size", "evaluate_every", "patience")
+        RATE.check_all(self, "learning_rate")
         for name, most in (("dropout", 0.95), ("held_out", 0.9), ("input_noise", 10.0), ("weight_decay", 100.0)):
-            if not 0 <= getattr(self, name) <= most:
-                raise InvalidInputError(f"{name} is {getattr(self, name)!r}; expected 0 to {most:g}.")
+            Range(0, most).check_all(self, name)
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from counterflow.checks import check_names
 from counterflow.data.replay import ReplayBatch
-from counterflow.errors import InvalidInputError, UnknownNameError
+from counterflow.errors import InvalidInputError
 from counterflow.learning.sac import (
     ActionSizes,
     Losses,
@@ -77,13 +78,7 @@ class DSRLConfig(SACConfig):
     def __post_init__(self) -> None:
         """Check every setting."""
         super().__post_init__()
-        for name, known in (
-            ("variant", get_args(Variant)),
-            ("select", get_args(Select)),
-            ("judged", get_args(Judged)),
-        ):
-            if getattr(self, name) not in known:
-                raise UnknownNameError(name, str(getattr(self, name)), known)
+        check_names(self, variant=Variant, select=Select, judged=Judged)
         if self.select_temperature == 0:
             raise InvalidInputError("select_temperature is 0; expected a positive number, or select 'argmax'.")
 

@@ -18,8 +18,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from counterflow.checks import NOT_NEGATIVE
 from counterflow.data.transitions import Chunks
-from counterflow.errors import InvalidInputError
 from counterflow.learning.iql import Aggregation, aggregate
 from counterflow.learning.offline import (
     Critic,
@@ -51,8 +51,7 @@ class FQLConfig(OfflineConfig):
     def __post_init__(self) -> None:
         """Check every setting."""
         super().__post_init__()
-        if self.alpha < 0:
-            raise InvalidInputError(f"alpha is {self.alpha!r}; expected zero or a positive number.")
+        NOT_NEGATIVE.check_all(self, "alpha")
 
 
 @dataclass(frozen=True)

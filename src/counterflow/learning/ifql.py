@@ -12,8 +12,8 @@ from typing import ClassVar
 
 import torch
 
+from counterflow.checks import FRACTION
 from counterflow.data.transitions import Chunks
-from counterflow.errors import InvalidInputError
 from counterflow.learning.iql import IQLNetworks, critic_loss, value_loss
 from counterflow.learning.offline import (
     Critic,
@@ -44,8 +44,7 @@ class IFQLConfig(OfflineConfig):
     def __post_init__(self) -> None:
         """Check every setting."""
         super().__post_init__()
-        if not 0 < self.expectile < 1:
-            raise InvalidInputError(f"expectile is {self.expectile!r}; expected more than 0, less than 1.")
+        FRACTION.check_all(self, "expectile")
 
 
 class IFQLLearner(OfflineLearner[IFQLConfig, Chunks]):

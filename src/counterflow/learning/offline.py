@@ -8,7 +8,6 @@ says which networks there are, what is random in its loss, and the loss.
 from __future__ import annotations
 
 import dataclasses
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from counterflow.checks import RATE, check_numbers
 from counterflow.errors import InvalidInputError
 from counterflow.learning.bc import Precision, can_compile, choose_precision
 from counterflow.learning.state import Resumable
@@ -84,15 +84,8 @@ class OfflineConfig:
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        for setting in dataclasses.fields(self):
-            value = getattr(self, setting.name)
-            if setting.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise InvalidInputError(f"{setting.name} is {value!r}; expected a positive integer.")
-            if setting.type == "float" and not math.isfinite(value):
-                raise InvalidInputError(f"{setting.name} is {value!r}; expected a finite number.")
-        for name in ("discount", "learning_rate", "target_rate"):
-            if not 0 < getattr(self, name) <= 1:
-                raise InvalidInputError(f"{name} is {getattr(self, name)!r}; expected more than 0, at most 1.")
+        check_numbers(self)
+        RATE.check_all(self, "discount", "learning_rate", "target_rate")
 
 
 Config = TypeVar("Config", bound=OfflineConfig)

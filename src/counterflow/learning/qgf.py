@@ -16,8 +16,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from counterflow.checks import FRACTION, Range
 from counterflow.data.transitions import Chunks
-from counterflow.errors import InvalidInputError
 from counterflow.learning.iql import Aggregation, IQLNetworks, critic_loss, value_loss
 from counterflow.learning.offline import Critic, Field, Following, Losses, OfflineConfig, OfflineLearner
 from counterflow.policies import NetworkConfig
@@ -42,10 +42,8 @@ class QGFConfig(OfflineConfig):
     def __post_init__(self) -> None:
         """Check every setting."""
         super().__post_init__()
-        if not 0 < self.expectile < 1:
-            raise InvalidInputError(f"expectile is {self.expectile!r}; expected more than 0, less than 1.")
-        if self.depth < 2:
-            raise InvalidInputError(f"depth is {self.depth}; expected 2 or more.")
+        FRACTION.check_all(self, "expectile")
+        Range(2, integer=True).check_all(self, "depth")
 
 
 @dataclass(frozen=True)

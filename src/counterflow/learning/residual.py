@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from counterflow.errors import InvalidInputError, UnknownNameError
+from counterflow.checks import check_name
+from counterflow.errors import InvalidInputError
 from counterflow.learning.sac import ActionSizes, SACConfig, SACLearner
 
 CriticSees = Literal["executed", "residual", "both"]
@@ -45,8 +46,7 @@ class ResidualConfig(SACConfig):
     def __post_init__(self) -> None:
         """Check every setting."""
         super().__post_init__()
-        if self.critic_sees not in get_args(CriticSees):
-            raise UnknownNameError("critic input", str(self.critic_sees), get_args(CriticSees))
+        check_name("critic input", self.critic_sees, CriticSees)
 
     def size_at(self, decisions: int) -> float:
         """Return the share of the residual that is executed after so many decisions of a seed."""

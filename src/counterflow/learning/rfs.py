@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from counterflow.checks import RATE, check_numbers
 from counterflow.errors import InvalidInputError
 from counterflow.learning.state import Resumable
 from counterflow.policies import as_device
@@ -74,16 +75,8 @@ class RFSConfig:
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            least = 0 if setting.name == "ramp" else 1
-            if setting.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise InvalidInputError(f"{setting.name} is {value!r}; expected an integer of {least} or more.")
-            if setting.type == "float" and not (math.isfinite(value) and value >= 0):
-                raise InvalidInputError(f"{setting.name} is {value!r}; expected a finite number of 0 or more.")
-        for name in ("discount", "gae", "clip", "learning_rate", "value_learning_rate", "residual_std"):
-            if not 0 < getattr(self, name) <= 1:
-                raise InvalidInputError(f"{name} is {getattr(self, name)!r}; expected more than 0, at most 1.")
+        check_numbers(self, or_zero=("ramp",))
+        RATE.check_all(self, "discount", "gae", "clip", "learning_rate", "value_learning_rate", "residual_std")
         if self.width >> (self.depth - 1) < 1:
             raise InvalidInputError(
                 f"width {self.width} can't be halved {self.depth - 1} times; expected more neurons, or fewer layers."

@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from counterflow.checks import FRACTION, NOT_NEGATIVE
 from counterflow.data.transitions import Windows
 from counterflow.errors import InvalidInputError
 from counterflow.learning.offline import (
@@ -57,11 +58,8 @@ class RQLConfig(OfflineConfig):
     def __post_init__(self) -> None:
         """Check every setting."""
         super().__post_init__()
-        if self.alpha < 0 or self.rho < 0:
-            raise InvalidInputError(f"alpha is {self.alpha}, rho {self.rho}; expected zero or positive numbers.")
-        for name in ("expectile", "average"):
-            if not 0 < getattr(self, name) < 1:
-                raise InvalidInputError(f"{name} is {getattr(self, name)!r}; expected more than 0, less than 1.")
+        NOT_NEGATIVE.check_all(self, "alpha", "rho")
+        FRACTION.check_all(self, "expectile", "average")
         if self.batch_size % 2:
             raise InvalidInputError(
                 f"batch_size is {self.batch_size}; RQL draws its halves differently, so expected even."

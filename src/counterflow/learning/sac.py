@@ -16,12 +16,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from counterflow.checks import POSITIVE, RATE, Range, check_name, check_numbers
 from counterflow.data.replay import Mix, Replay, ReplayBatch
 from counterflow.errors import InvalidInputError, UnknownNameError
 from counterflow.learning.bc import Precision, can_compile, choose_precision
@@ -118,32 +119,12 @@ class SACConfig:
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        least = dict.fromkeys(("warmup", "subset", "bc_decay", "imitation", "ramp"), 0)
-        for setting in dataclasses.fields(self):
-            value = getattr(self, setting.name)
-            if setting.type == "int" and (
-                isinstance(value, bool) or not isinstance(value, int) or value < least.get(setting.name, 1)
-            ):
-                raise InvalidInputError(
-                    f"{setting.name} is {value!r}; expected an integer of {least.get(setting.name, 1)} or more."
-                )
-            if setting.type == "float" and not (math.isfinite(value) and value >= 0):
-                raise InvalidInputError(f"{setting.name} is {value!r}; expected a finite number of 0 or more.")
-        for name in (
-            "discount",
-            "learning_rate",
-            "actor_learning_rate",
-            "temperature_learning_rate",
-            "target_rate",
-        ):
-            if not 0 < getattr(self, name) <= 1:
-                raise InvalidInputError(f"{name} is {getattr(self, name)!r}; expected more than 0, at most 1.")
-        if self.initial_temperature == 0:
-            raise InvalidInputError("initial_temperature is 0; expected a positive number.")
-        if not math.exp(LOG_STD[0]) < self.initial_std < math.exp(LOG_STD[1]):
-            raise InvalidInputError(
-                f"initial_std is {self.initial_std}; expected {math.exp(LOG_STD[0]):.3f} to {math.exp(LOG_STD[1]):.2f}."
-            )
+        check_numbers(self, or_zero=("warmup", "subset", "bc_decay", "imitation", "ramp"))
+        RATE.check_all(
+            self, "discount", "learning_rate", "actor_learning_rate", "temperature_learning_rate", "target_rate"
+        )
+        POSITIVE.check_all(self, "initial_temperature")
+        Range(math.exp(LOG_STD[0]), math.exp(LOG_STD[1]), above=True, below=True).check_all(self, "initial_std")
         if self.subset > self.members:
             raise InvalidInputError(
                 f"subset is {self.subset} of {self.members} members; expected no more than there are."
@@ -151,8 +132,7 @@ class SACConfig:
         for name, known in (("aggregation", ("min", "mean")), ("bc_from", ("prefilled", "all"))):
             if getattr(self, name) not in known:
                 raise UnknownNameError(name, str(getattr(self, name)), known)
-        if self.activation not in get_args(Activation):
-            raise UnknownNameError("activation", str(self.activation), get_args(Activation))
+        check_name("activation", self.activation, Activation)
         self.mix()
 
     def mix(self) -> Mix:

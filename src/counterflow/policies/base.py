@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
-from counterflow.errors import InvalidInputError, MismatchError, UnknownNameError
+from counterflow.checks import check_name
+from counterflow.errors import InvalidInputError, MismatchError
 from counterflow.flow import Field
 from counterflow.layout import ActionLayout
 from counterflow.policies.identity import identify
@@ -67,8 +68,7 @@ class ActionSpec:
 
     def __post_init__(self) -> None:
         """Check that everything fits together."""
-        if self.prior not in get_args(Prior):
-            raise UnknownNameError("prior", str(self.prior), get_args(Prior))
+        check_name("prior", self.prior, Prior)
         if self.horizon < 1 or self.dim < 1:
             raise InvalidInputError(
                 f"an action chunk of {self.horizon} x {self.dim} was described; expected 1 x 1 or more."

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from counterflow.errors import InvalidInputError
+from counterflow.checks import COUNT
 
 
 class EnsembleMLP(nn.Module):
@@ -35,8 +35,7 @@ class EnsembleMLP(nn.Module):
             ("width", width),
             ("depth", depth),
         ):
-            if value < 1:
-                raise InvalidInputError(f"an ensemble of MLPs was asked for with {name} {value}; expected 1 or more.")
+            COUNT.check(f"{name} of an ensemble of MLPs", value)
         super().__init__()
         self.members, self.width, self.depth = members, width, depth
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from counterflow.errors import InvalidInputError, MismatchError, UnknownNameError
+from counterflow.checks import COUNT, check_name
+from counterflow.errors import InvalidInputError, MismatchError
 from counterflow.flow.field import inspectable
 from counterflow.policies.base import ActionSpec
 from counterflow.policies.described import fingerprint
@@ -46,12 +47,10 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         """Check name and sizes."""
-        if self.name not in get_args(NetworkName):
-            raise UnknownNameError("network", str(self.name), get_args(NetworkName))
+        check_name("network", self.name, NetworkName)
         for size in ("width", "depth", "heads"):
             value = getattr(self, size)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidInputError(f"network {size} is {value!r}; expected a positive integer.")
+            COUNT.check(f"network {size}", value)
 
 
 class FlowPolicy(nn.Module):

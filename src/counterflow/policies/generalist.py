@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from counterflow.checks import COUNT
 from counterflow.errors import InvalidInputError, MismatchError
 from counterflow.flow.field import inspectable
 from counterflow.layout import ObservationLayout
@@ -68,8 +69,7 @@ class GeneralistConfig:
         """Check the sizes."""
         for name in ("width", "encoder_depth", "depth", "heads", "name_dim", "sentence_dim", "max_objects"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidInputError(f"the generalist's {name} is {value!r}; expected a positive integer.")
+            COUNT.check(f"the generalist's {name}", value)
         if self.width % self.heads:
             raise InvalidInputError(f"width {self.width} can't be divided among {self.heads} heads; choose a multiple.")
 

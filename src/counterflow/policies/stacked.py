@@ -15,13 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from counterflow.errors import InvalidInputError, UnknownNameError
+from counterflow.checks import COUNT, check_name
 
 Norm = Literal["none", "after", "before"]
 Activation = Literal["gelu", "tanh", "relu", "elu"]
@@ -60,16 +60,10 @@ class StackedMLP(nn.Module):
     ) -> None:
         hidden = [width] * depth if isinstance(width, int) else list(width)
         for name, value in (("inputs", inputs), ("outputs", outputs), ("count", count), ("hidden layers", len(hidden))):
-            if value < 1:
-                raise InvalidInputError(f"stacked MLPs were asked for with {name} {value}; expected 1 or more.")
-        if min(hidden) < 1:
-            raise InvalidInputError(
-                f"stacked MLPs were asked for with hidden layers of {hidden}; expected 1 neuron or more."
-            )
-        if norm not in get_args(Norm):
-            raise UnknownNameError("norm", str(norm), get_args(Norm))
-        if activation not in get_args(Activation):
-            raise UnknownNameError("activation", str(activation), get_args(Activation))
+            COUNT.check(f"{name} of stacked MLPs", value)
+        COUNT.check("the smallest hidden layer of stacked MLPs", min(hidden))
+        check_name("norm", norm, Norm)
+        check_name("activation", activation, Activation)
         super().__init__()
         self.inputs, self.outputs, self.count, self.hidden = inputs, outputs, count, tuple(hidden)
         self.norm, self.activation = norm, activation

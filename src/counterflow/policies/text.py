@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from counterflow.checks import COUNT
 from counterflow.errors import InvalidInputError, MissingDependencyError
 
 HASHED = "hashed"
@@ -39,8 +40,7 @@ def embed_texts(texts: Sequence[str], dim: int, encoder: str = HASHED) -> Tensor
         InvalidInputError: no such encoder, or a dimension that is not positive.
         MissingDependencyError: the encoder's library or weights are missing.
     """
-    if dim < 1:
-        raise InvalidInputError(f"a text was to be embedded in {dim} numbers; expected 1 or more.")
+    COUNT.check("the size of a text's embedding", dim)
     if encoder == HASHED:
         return torch.from_numpy(np.stack([_hashed(text, dim) for text in texts])) if texts else torch.zeros(0, dim)
     if encoder.startswith(TRANSFORMERS) and len(encoder) > len(TRANSFORMERS):

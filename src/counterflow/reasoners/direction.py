@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from counterflow.errors import InvalidInputError, MismatchError, UnknownNameError
+from counterflow.checks import COUNT, Range, check_name
+from counterflow.errors import InvalidInputError, MismatchError
 from counterflow.policies import ActionSpec
 from counterflow.steering import Reference
 
@@ -48,8 +49,7 @@ class Direction:
             raise InvalidInputError(f"direction axes are {self.axes!r}; expected three of -1, 0, 1 for x, y, z.")
         if not (0 < self.amount <= 1):
             raise InvalidInputError(f"direction amount is {self.amount!r}; expected a number in (0, 1].")
-        if self.gripper not in get_args(GripperCommand):
-            raise UnknownNameError("gripper command", str(self.gripper), get_args(GripperCommand))
+        check_name("gripper command", self.gripper, GripperCommand)
 
     @property
     def vector(self) -> npt.NDArray[np.float64]:
@@ -84,10 +84,9 @@ class Convention:
         """Check the magnitudes."""
         for name in ("magnitude", "gripper_magnitude"):
             value = getattr(self, name)
-            if not (np.isfinite(value) and 0 < value <= 10):
-                raise InvalidInputError(f"convention {name} is {value!r}; expected a number in (0, 10].")
-        if self.rows is not None and self.rows < 1:
-            raise InvalidInputError(f"convention rows is {self.rows}; expected at least 1, or None for all.")
+            Range(0, 10, above=True).check(f"convention {name}", value)
+        if self.rows is not None:
+            COUNT.check("convention rows", self.rows)
 
 
 OGBENCH = Convention()

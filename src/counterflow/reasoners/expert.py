@@ -23,6 +23,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from counterflow.checks import SHARE
 from counterflow.errors import InvalidInputError, UnknownNameError
 from counterflow.random import check_seed
 from counterflow.reasoners.cubes import CUBE_SIZE, FREE_SPOTS, REACHED, next_cube
@@ -170,8 +171,7 @@ class OracleExpert:
     """
 
     def __init__(self, family: str, noise: float = 0.1, noise_smoothing: float = 0.5) -> None:
-        if not (np.isfinite(noise) and 0 <= noise <= 1):
-            raise InvalidInputError(f"the expert's noise is {noise!r}; expected a number from 0 to 1 (0.1 is usual).")
+        SHARE.check("the expert's noise", noise)
         if not (np.isfinite(noise_smoothing) and 0 < noise_smoothing <= 10):
             raise InvalidInputError(
                 f"the expert's noise_smoothing is {noise_smoothing!r}; expected more than 0 and at most 10 steps."

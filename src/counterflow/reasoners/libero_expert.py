@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from counterflow.errors import InvalidInputError, MismatchError
+from counterflow.checks import COUNT, SHARE
+from counterflow.errors import MismatchError
 from counterflow.random import check_seed
 from counterflow.reasoners.direction import Direction, View
 from counterflow.reasoners.libero_goals import Goal, goals_of
@@ -73,10 +74,8 @@ class LiberoExpert:
     """
 
     def __init__(self, env_name: str, noise: float = 0.1, stride: int = 1) -> None:
-        if not (np.isfinite(noise) and 0 <= noise <= 1):
-            raise InvalidInputError(f"the expert's noise is {noise!r}; expected 0 to 1.")
-        if stride < 1:
-            raise InvalidInputError(f"the expert's stride is {stride!r}; expected 1 or more steps.")
+        SHARE.check("the expert's noise", noise)
+        COUNT.check("the expert's stride", stride)
         self.goals, self._noise, self._stride = goals_of(env_name), noise, stride
         self._close_by = 0.012 if stride == 1 else 0.03
         self.reset(0)

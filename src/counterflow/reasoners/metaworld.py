@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from counterflow.errors import InvalidInputError, MismatchError, MissingDependencyError, UnknownNameError
+from counterflow.checks import SHARE
+from counterflow.errors import MismatchError, MissingDependencyError, UnknownNameError
 from counterflow.random import check_seed
 from counterflow.reasoners.direction import Direction, View
 from counterflow.reasoners.motion import along, still
@@ -40,8 +41,7 @@ class MetaWorldExpert:
     """
 
     def __init__(self, env_name: str, noise: float = 0.1) -> None:
-        if not (np.isfinite(noise) and 0 <= noise <= 1):
-            raise InvalidInputError(f"the expert's noise is {noise!r}; expected 0 to 1.")
+        SHARE.check("the expert's noise", noise)
         self._policy, self._noise = _policy(env_name), noise
         self.reset(0)
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
-from typing import get_args
 
 import numpy as np
 
-from counterflow.errors import InvalidInputError, UnknownNameError
+from counterflow.checks import SHARE, Range, check_name
 from counterflow.random import child_seed
 from counterflow.reasoners.direction import Direction, GripperCommand, Reasoner, View
 
@@ -29,10 +28,8 @@ class UnreliableReasoner:
     """
 
     def __init__(self, reasoner: Reasoner, error: float = 0.0, delay: int = 0) -> None:
-        if not 0 <= error <= 1:
-            raise InvalidInputError(f"reasoner error is {error!r}; expected a probability from 0 to 1.")
-        if not (isinstance(delay, int) and 0 <= delay <= 1000):
-            raise InvalidInputError(f"reasoner delay is {delay!r}; expected 0 to 1000 chunks.")
+        SHARE.check("reasoner error", error)
+        Range(0, 1000, integer=True).check("reasoner delay", delay)
         self._reasoner, self._error, self._delay = reasoner, error, delay
         self.looks = bool(getattr(reasoner, "looks", False))
         self.reset(0)
@@ -70,8 +67,7 @@ class OverruledGripper:
     """
 
     def __init__(self, reasoner: Reasoner, command: GripperCommand) -> None:
-        if command not in get_args(GripperCommand):
-            raise UnknownNameError("gripper command", str(command), get_args(GripperCommand))
+        check_name("gripper command", command, GripperCommand)
         self._reasoner, self._command = reasoner, command
         self.looks = bool(getattr(reasoner, "looks", False))
 

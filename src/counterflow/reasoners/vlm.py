@@ -34,13 +34,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from counterflow.checks import COUNT, Range, check_names
 from counterflow.errors import (
     InvalidInputError,
     MismatchError,
     MissingDependencyError,
     ReasonerError,
     StorageError,
-    UnknownNameError,
 )
 from counterflow.files import reason_of
 from counterflow.reasoners.direction import Direction, GripperCommand, View
@@ -139,15 +139,12 @@ class VLMSettings:
         """Check every setting."""
         if not self.model:
             raise InvalidInputError("no model was named; expected a name that the endpoint knows.")
-        for name, known in (("fallback", get_args(Fallback)), ("structure", get_args(Structure))):
-            if getattr(self, name) not in known:
-                raise UnknownNameError(name, str(getattr(self, name)), known)
+        check_names(self, fallback=Fallback, structure=Structure)
         for name, least in (("every", 1), ("retries", 0), ("history", 0), ("answer_tokens", 16)):
-            if getattr(self, name) < least:
-                raise InvalidInputError(f"{name} is {getattr(self, name)!r}; expected {least} or more.")
+            Range(least, integer=True).check_all(self, name)
         for name in ("most_queries", "most_tokens", "per_minute"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InvalidInputError(f"{name} is {getattr(self, name)!r}; expected 1 or more, or None for no limit.")
+            if getattr(self, name) is not None:
+                COUNT.check_all(self, name)
         if self.base_url is not None:
             _check_url(self.base_url)
         if not (0 < self.timeout <= 600 and 0 <= self.back_off <= 60):

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from counterflow.errors import InvalidInputError
+from counterflow.checks import COUNT
 from counterflow.serving.metrics import Metrics
 from counterflow.serving.requests import Request
 from counterflow.serving.served import Answer
@@ -58,8 +58,7 @@ class Batcher:
 
     def __init__(self, act: Act, max_batch: int = 32, capacity: int = 64, metrics: Metrics | None = None) -> None:
         for name, value in (("max_batch", max_batch), ("capacity", capacity)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidInputError(f"{name} is {value!r}; expected a positive integer.")
+            COUNT.check(name, value)
         self._act, self._max_batch = act, max_batch
         self._metrics = Metrics() if metrics is None else metrics
         self._room = asyncio.Semaphore(capacity)

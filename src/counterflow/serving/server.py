@@ -32,7 +32,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
 
-from counterflow.addresses import is_loopback
+from counterflow.addresses import PORT, is_loopback
+from counterflow.checks import COUNT, Range
 from counterflow.errors import CounterflowError, InvalidInputError, ServingError
 from counterflow.serving.batching import Batcher
 from counterflow.serving.messages import MessageLimits, pack, unpack
@@ -87,15 +88,9 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         """Check everything but the certificate."""
-        if isinstance(self.port, bool) or not isinstance(self.port, int) or not 0 <= self.port <= 65535:
-            raise InvalidInputError(f"port is {self.port!r}; expected 0 (any free one) to 65535.")
-        for name in ("max_connections", "max_batch", "max_waiting"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidInputError(f"{name} is {value!r}; expected a positive integer.")
-        for name in ("patience", "grace"):
-            if not 0 < getattr(self, name) <= 3600:
-                raise InvalidInputError(f"{name} is {getattr(self, name)!r}; expected seconds in (0, 3600].")
+        PORT.check_all(self, "port")
+        COUNT.check_all(self, "max_connections", "max_batch", "max_waiting")
+        Range(0, 3600, above=True, unit="seconds").check_all(self, "patience", "grace")
         if self.api_key is not None and not (
             8 <= len(self.api_key) <= LONGEST_KEY and self.api_key.isascii() and self.api_key.isprintable()
         ):

@@ -7,13 +7,14 @@ ports: its latent is where the flow starts, its residual is added to the result.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from counterflow.binding import Binding
-from counterflow.errors import MismatchError, UnknownNameError
+from counterflow.checks import check_name
+from counterflow.errors import MismatchError
 from counterflow.policies import BasePolicy
 from counterflow.policies.described import DescribedModule, Format
 from counterflow.policies.stacked import Activation, Norm, StackedMLP
@@ -56,8 +57,7 @@ class ActorConfig:
 
     def __post_init__(self) -> None:
         """Check the law."""
-        if self.law not in get_args(Law):
-            raise UnknownNameError("law of an actor", str(self.law), get_args(Law))
+        check_name("law of an actor", self.law, Law)
 
     def space(self, policy: BasePolicy, steps: int, solver: str) -> SteeringSpace:
         """Return the actions that the numbers are."""

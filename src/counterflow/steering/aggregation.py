@@ -6,7 +6,8 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from counterflow.errors import InvalidInputError, UnknownNameError
+from counterflow.checks import Range, check_name
+from counterflow.errors import UnknownNameError
 
 Aggregation = Literal["min", "mean", "lower_confidence"]
 
@@ -39,7 +40,5 @@ def check_aggregation(how: str, rho: float) -> None:
         UnknownNameError: no such aggregation.
         InvalidInputError: rho is out of range.
     """
-    if how not in get_args(Aggregation):
-        raise UnknownNameError("aggregation", str(how), get_args(Aggregation))
-    if not 0 <= rho <= 1000:
-        raise InvalidInputError(f"rho of the lower confidence bound is {rho!r}; expected 0 to 1000.")
+    check_name("aggregation", how, Aggregation)
+    Range(0, 1000).check("rho of the lower confidence bound", rho)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from counterflow.binding import Binding
+from counterflow.checks import COUNT, NOT_NEGATIVE, POSITIVE
 from counterflow.errors import InvalidInputError, MismatchError, UnknownNameError
 from counterflow.flow import denoise
 from counterflow.policies import BasePolicy, bind, repeat_context
@@ -56,11 +57,8 @@ class Proposals:
     def __init__(
         self, space: SteeringSpace, anchors: Reference, particles: int = 8, spread: float = 0.5, steps: int = 5
     ) -> None:
-        if particles < 1 or not 0 <= spread < float("inf"):
-            raise InvalidInputError(
-                f"{particles} particles with a spread of {spread!r} were asked for; expected 1 or more, and a finite number of "
-                "at least 0."
-            )
+        COUNT.check("particles of an anchor", particles)
+        NOT_NEGATIVE.check("the particles' spread", spread)
         anchors.check(space.policy.action_spec, len(anchors.chunk))
         self.space, self.anchors, self.particles, self.spread = space, anchors, particles, spread
         self._start = FlowReversal(steps)
@@ -223,10 +221,8 @@ class AnchorsConfig:
         ):
             if getattr(self, name) not in known:
                 raise UnknownNameError(name, str(getattr(self, name)), known)
-        if not 0 < self.select_temperature < float("inf"):
-            raise InvalidInputError(f"select_temperature is {self.select_temperature!r}; expected a positive number.")
-        if isinstance(self.counted, bool) or not isinstance(self.counted, int) or self.counted < 1:
-            raise InvalidInputError(f"counted is {self.counted!r}; expected 1 critic or more.")
+        POSITIVE.check_all(self, "select_temperature")
+        COUNT.check_all(self, "counted")
 
 
 class AnchorsCritic(DescribedModule):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from counterflow.checks import POSITIVE, check_name
 from counterflow.errors import InvalidInputError, MismatchError, UnknownNameError
 from counterflow.policies import ActionSpec
 
@@ -168,10 +169,8 @@ class ContinueChunk:
 
     def __post_init__(self) -> None:
         """Check both settings."""
-        if not 0 < self.largest_weight < math.inf:
-            raise InvalidInputError(f"largest_weight is {self.largest_weight!r}; expected a positive number.")
-        if self.jacobian not in get_args(Jacobian):
-            raise UnknownNameError("jacobian", str(self.jacobian), get_args(Jacobian))
+        POSITIVE.check_all(self, "largest_weight")
+        check_name("jacobian", self.jacobian, Jacobian)
 
     @property
     def differentiates(self) -> bool:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from counterflow.errors import InvalidInputError, MismatchError, UnknownNameError
+from counterflow.checks import check_names, check_numbers
+from counterflow.errors import InvalidInputError, MismatchError
 from counterflow.policies import BasePolicy, Normaliser
 from counterflow.policies.described import DescribedModule, Format
 from counterflow.policies.stacked import Norm, StackedMLP
@@ -54,13 +55,8 @@ class CriticConfig:
 
     def __post_init__(self) -> None:
         """Check names and numbers."""
-        for name, known in (("inputs", get_args(Inputs)), ("norm", get_args(Norm))):
-            if getattr(self, name) not in known:
-                raise UnknownNameError(name, str(getattr(self, name)), known)
-        for name, least in (("members", 1), ("width", 1), ("depth", 1), ("task_dim", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InvalidInputError(f"{name} is {value!r}; expected an integer of at least {least}.")
+        check_names(self, inputs=Inputs, norm=Norm)
+        check_numbers(self, or_zero=("task_dim",))
 
 
 @dataclass(frozen=True)
@@ -87,10 +83,7 @@ class CriticBinding:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        for name, least in (("horizon", 1), ("dim", 1), ("past", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InvalidInputError(f"a critic's {name} is {value!r}; expected an integer of at least {least}.")
+        check_numbers(self, or_zero=("past",))
 
     def check(self, policy: BasePolicy) -> None:
         """Check that these are the chunks of `policy`, steered or not.

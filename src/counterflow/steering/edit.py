@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
+from counterflow.checks import Range
 from counterflow.errors import InvalidInputError
 from counterflow.policies import BasePolicy
 from counterflow.steering.aggregation import Aggregation, check_aggregation
@@ -84,8 +85,7 @@ class NearestToReference:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        if not (isinstance(self.candidates, int) and 1 <= self.candidates <= 4096):
-            raise InvalidInputError(f"sample-and-rank n is {self.candidates!r}; expected an integer from 1 to 4096.")
+        Range(1, 4096, integer=True).check("sample-and-rank n", self.candidates)
         if self.distance not in ("cosine", "l2"):
             raise InvalidInputError(f"sample-and-rank distance is {self.distance!r}; expected 'cosine' or 'l2'.")
 
@@ -132,8 +132,7 @@ class HighestValue:
 
     def __post_init__(self) -> None:
         """Check the settings, and that critic and policy belong together."""
-        if not (isinstance(self.candidates, int) and 1 <= self.candidates <= 4096):
-            raise InvalidInputError(f"best-of-N n is {self.candidates!r}; expected an integer from 1 to 4096.")
+        Range(1, 4096, integer=True).check("best-of-N n", self.candidates)
         check_aggregation(self.aggregation, self.rho)
         self.critic.binding.check(self.policy)
         self.critic.check_task(self.task)

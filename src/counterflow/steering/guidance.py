@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from counterflow.errors import InvalidInputError, UnknownNameError
+from counterflow.checks import POSITIVE, check_names
+from counterflow.errors import InvalidInputError
 from counterflow.policies import BasePolicy
 from counterflow.steering.aggregation import Aggregation, check_aggregation
 from counterflow.steering.context import SteeringContext
@@ -120,16 +121,13 @@ class CriticGuidance:
 
     def __post_init__(self) -> None:
         """Check the settings, and that critic and policy belong together."""
-        for name, known in (("estimate", get_args(Estimate)), ("schedule", get_args(WeightSchedule))):
-            if getattr(self, name) not in known:
-                raise UnknownNameError(name, str(getattr(self, name)), known)
+        check_names(self, estimate=Estimate, schedule=WeightSchedule)
         check_aggregation(self.aggregation, self.rho)
         if isinstance(self.weight, str) or not math.isfinite(self.weight):
             raise InvalidInputError(
                 f"the guidance's weight is {self.weight!r}; expected a finite number. choose_weight finds one."
             )
-        if not 0 < self.largest_factor < math.inf:
-            raise InvalidInputError(f"largest_factor is {self.largest_factor!r}; expected a positive number.")
+        POSITIVE.check_all(self, "largest_factor")
         if self.jacobian and self.estimate == "noisy":
             raise InvalidInputError(
                 "a Jacobian was asked for, of the noisy state with respect to itself. Use estimate='clean', or no Jacobian."

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from counterflow.checks import Range
 from counterflow.errors import InvalidInputError
 from counterflow.flow import Field, denoise
 from counterflow.policies import BasePolicy, bind
@@ -149,8 +150,7 @@ def choose_weight(
         MismatchError: the critic was made for other chunks.
     """
     settings = GuidanceSettings() if settings is None else settings
-    if not 0 < settings.radius < 100:
-        raise InvalidInputError(f"the radius is {settings.radius!r}; expected more than 0 and less than 100.")
+    Range(0, 100, above=True, below=True).check("the radius", settings.radius)
     if not (isinstance(draws, int) and draws >= 2):
         raise InvalidInputError(f"{draws!r} draws were asked for; expected 2 or more, to see how far they lie apart.")
     base = SteeredPolicy(frozen(policy), steps=steps)

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from counterflow.errors import InvalidInputError, UnknownNameError
+from counterflow.checks import COUNT, check_name
+from counterflow.errors import InvalidInputError
 
 LatentKind = Literal["full", "low_rank", "repeated"]
 Rest = Literal["prior", "zero"]
@@ -45,14 +46,9 @@ class LatentShape:
 
     def __post_init__(self) -> None:
         """Check names and rank."""
-        for what, given, known in (
-            ("latent shape", self.kind, get_args(LatentKind)),
-            ("rest of the latent", self.rest, get_args(Rest)),
-        ):
-            if given not in known:
-                raise UnknownNameError(what, str(given), known)
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise InvalidInputError(f"the latent's rank is {self.rank!r}; expected a positive integer.")
+        check_name("latent shape", self.kind, LatentKind)
+        check_name("rest of the latent", self.rest, Rest)
+        COUNT.check("the latent's rank", self.rank)
 
     @property
     def keeps_prior(self) -> bool:

@@ -9,14 +9,15 @@ trained on actions (behaviour cloning on the same data) it needs no prior, and
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from counterflow.binding import Binding
-from counterflow.errors import InvalidInputError, MismatchError, UnknownNameError
+from counterflow.checks import COUNT, POSITIVE, Range, check_names
+from counterflow.errors import InvalidInputError, MismatchError
 from counterflow.flow import refine
 from counterflow.policies import BasePolicy, Normaliser, bind
 from counterflow.policies.described import DescribedModule, Format
@@ -65,11 +66,8 @@ class Intention:
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        for name in ("spread", "floor", "penalty", "learning_rate"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InvalidInputError(f"{name} is {getattr(self, name)!r}; expected a positive number.")
-        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
-            raise InvalidInputError(f"iterations is {self.iterations!r}; expected a positive integer.")
+        POSITIVE.check_all(self, "spread", "floor", "penalty", "learning_rate")
+        COUNT.check_all(self, "iterations")
 
 
 @dataclass(frozen=True)
@@ -113,15 +111,10 @@ class RegressorConfig:
             raise InvalidInputError(
                 f"the latent's shape is {self.latent.kind!r} and the target actions; expected 'full': noises have shapes."
             )
-        for name, known in (("target", get_args(Target)), ("inputs", get_args(Inputs))):
-            if getattr(self, name) not in known:
-                raise UnknownNameError(name, str(getattr(self, name)), known)
-        for name in ("members", "width", "depth"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidInputError(f"{name} is {value!r}; expected a positive integer.")
-        if self.bound is not None and not 0 < self.bound < float("inf"):
-            raise InvalidInputError(f"bound is {self.bound!r}; expected a positive number, or None for no bound.")
+        check_names(self, target=Target, inputs=Inputs)
+        COUNT.check_all(self, "members", "width", "depth")
+        if self.bound is not None:
+            POSITIVE.check("bound", self.bound)
 
     def of_intention(self) -> RegressorConfig:
         """Return the configuration of the ensemble that says what chunk is meant."""
@@ -263,8 +256,7 @@ class LearnedNoise:
             raise MismatchError(
                 f"this network was trained on {self.regressor.config.target}s; a start needs one that was trained on noises."
             )
-        if not 0 <= self.perturbation <= 10:
-            raise InvalidInputError(f"LearnedNoise perturbation is {self.perturbation!r}; expected 0 to 10.")
+        Range(0, 10).check("LearnedNoise perturbation", self.perturbation)
 
     def __call__(self, policy: BasePolicy, context: SteeringContext, rng: Rng) -> tuple[Tensor, Tensor]:
         """Return the learned noise at t = 0, with the prior's own in the padding."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from counterflow.errors import InvalidInputError, MismatchError, UnknownNameError
+from counterflow.checks import POSITIVE, check_name
+from counterflow.errors import InvalidInputError, MismatchError
 from counterflow.flow import denoise
 from counterflow.policies import BasePolicy, bind
 from counterflow.steering.latent import LatentShape
@@ -73,11 +74,10 @@ class SteeringSpace:
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        if self.ports not in get_args(Ports):
-            raise UnknownNameError("steering ports", str(self.ports), get_args(Ports))
+        check_name("steering ports", self.ports, Ports)
         check_steps(self.steps)
-        if self.bound is not None and not 0 < self.bound < float("inf"):
-            raise InvalidInputError(f"the noise bound is {self.bound!r}; expected a positive number, or None for none.")
+        if self.bound is not None:
+            POSITIVE.check("the noise bound", self.bound)
         bounds = self._bounds()
         dim = self.policy.action_spec.dim
         if len(bounds) != dim or not all(0 <= one < float("inf") for one in bounds):

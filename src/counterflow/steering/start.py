@@ -12,6 +12,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from counterflow.checks import RATE, Range
 from counterflow.errors import InvalidInputError
 from counterflow.flow import Field, invert, reverse
 from counterflow.flow.field import per_row
@@ -86,18 +87,15 @@ class FlowReversal:
             raise InvalidInputError(
                 f"FlowReversal padding is {self.padding!r}; expected 'fresh', 'held' or 'reversed'."
             )
-        if not (isinstance(self.steps, int) and 1 <= self.steps <= 1000):
-            raise InvalidInputError(f"FlowReversal steps (K) is {self.steps!r}; expected an integer from 1 to 1000.")
+        Range(1, 1000, integer=True).check("FlowReversal steps (K)", self.steps)
         if self.solver not in ("euler", "midpoint", "rk4", "exact"):
             raise InvalidInputError(
                 f"FlowReversal solver is {self.solver!r}; expected 'euler', 'midpoint', 'rk4' or 'exact'."
             )
-        if not 0 < self.depth <= 1:
-            raise InvalidInputError(f"FlowReversal depth is {self.depth!r}; expected a number in (0, 1].")
+        RATE.check("FlowReversal depth", self.depth)
         if self.solver == "exact" and self.depth != 1:
             raise InvalidInputError("exact inversion needs depth 1; choose another solver for a partial reversal.")
-        if not 0 <= self.perturbation <= 10:
-            raise InvalidInputError(f"FlowReversal perturbation is {self.perturbation!r}; expected 0 to 10.")
+        Range(0, 10).check("FlowReversal perturbation", self.perturbation)
 
     def __call__(self, policy: BasePolicy, context: SteeringContext, rng: Rng) -> tuple[Tensor, Tensor]:
         """Reverse the reference; return its noise at t = 0 (or the state at t = 1 - depth)."""
@@ -155,8 +153,7 @@ class PartialNoising:
 
     def __post_init__(self) -> None:
         """Check tau."""
-        if not 0 <= self.tau < 1:
-            raise InvalidInputError(f"PartialNoising tau is {self.tau!r}; expected a number in [0, 1).")
+        Range(0, 1, below=True).check("PartialNoising tau", self.tau)
 
     def __call__(self, policy: BasePolicy, context: SteeringContext, rng: Rng) -> tuple[Tensor, Tensor]:
         """Return the noised reference at t = tau, fresh noise at t = 0 where nobody speaks."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from counterflow.checks import Range
 from counterflow.errors import InvalidInputError, MismatchError
 from counterflow.flow import denoise
 from counterflow.policies import ActionSpec, BasePolicy, bind
@@ -305,8 +306,7 @@ def inputs_of(policy: BasePolicy, context: SteeringContext, kind: Inputs) -> Ten
 
 def check_steps(steps: int) -> int:
     """Return `steps`, or raise `InvalidInputError` unless it is a sensible number of denoising steps."""
-    if not (isinstance(steps, int) and 1 <= steps <= MAX_STEPS):
-        raise InvalidInputError(f"denoising steps is {steps!r}; expected an integer from 1 to {MAX_STEPS}.")
+    Range(1, MAX_STEPS, integer=True).check("denoising steps", steps)
     return steps
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from counterflow.errors import InvalidInputError, UnknownNameError
+from counterflow.checks import COUNT, SHARE
+from counterflow.errors import UnknownNameError
 from counterflow.experiments.generalist import TRAINING
 from counterflow.learning import BCConfig
 from counterflow.policies import GeneralistConfig
@@ -85,10 +86,6 @@ class SuiteSettings:
         """Check family and numbers."""
         if self.family not in ("metaworld", "libero"):
             raise UnknownNameError("family with a split", self.family, ["metaworld", "libero"])
-        for name in ("episodes", "expert_episodes", "demonstrations", "choosing_tasks", "choosing_episodes", "successes",
-                     "decisions", "rollouts", "workers"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise InvalidInputError(f"{name} is {getattr(self, name)}; expected 1 or more.")
-        for name in ("low", "regime"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InvalidInputError(f"{name} is {getattr(self, name)}; expected a rate from 0 to 1.")
+        COUNT.check_all(self, "episodes", "expert_episodes", "demonstrations", "choosing_tasks", "choosing_episodes",
+                        "successes", "decisions", "rollouts", "workers")  # fmt: skip
+        SHARE.check_all(self, "low", "regime")
