@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from counterflow.errors import InvalidInputError
-from counterflow.random import SEED_BOUND, RowGenerators, check_seed, child_seed, draw_normal, generator
+from counterflow.random import SEED_BOUND, RowGenerators, check_seed, child_seed, draw_normal, generator, global_numpy
 
 
 @given(st.integers(0, SEED_BOUND - 1), st.text(), st.integers(0, 10))
@@ -52,3 +54,15 @@ def test_several_candidates_a_row_are_neighbours() -> None:
 def test_what_is_no_seed(seed: Any) -> None:
     with pytest.raises(InvalidInputError, match="seed is"):
         check_seed(seed)
+
+
+def test_numpys_global_generator_is_seeded_for_a_while_and_put_back() -> None:
+    np.random.seed(5)
+    expected = np.random.random(3)
+    np.random.seed(5)
+    with suppress(RuntimeError), global_numpy(9):
+        inside = np.random.random(3)
+        raise RuntimeError
+    assert np.array_equal(np.random.random(3), expected)
+    np.random.seed(9)
+    assert np.array_equal(np.random.random(3), inside)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from counterflow.checks import Range
 from counterflow.errors import InvalidInputError
 
 if TYPE_CHECKING:  # worker processes import this file without torch
@@ -24,8 +26,7 @@ SEED_BOUND = 2**31 - 1
 
 def check_seed(seed: int) -> int:
     """Return `seed`, or raise `InvalidInputError` unless it is an integer in [0, 2**31 - 1)."""
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < SEED_BOUND:
-        raise InvalidInputError(f"seed is {seed!r}; expected an integer from 0 to {SEED_BOUND - 1}.")
+    Range(0, SEED_BOUND - 1, integer=True).check("seed", seed)
     return int(seed)
 
 
@@ -37,6 +38,17 @@ def child_seed(seed: int, *path: int | str) -> int:
     """
     words = [int.from_bytes(hashlib.sha256(str(part).encode()).digest()[:4], "little") for part in path]
     return int(np.random.SeedSequence([check_seed(seed), *words]).generate_state(1)[0] % SEED_BOUND)
+
+
+@contextmanager
+def global_numpy(seed: int) -> Iterator[None]:
+    """Seed NumPy's global generator for a while: some simulators draw from it, and a caller's draws must not suffer."""
+    state = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
 
 
 def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:

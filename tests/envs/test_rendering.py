@@ -4,12 +4,14 @@ import ctypes.util
 import os
 import subprocess
 import sys
+from typing import Any
 
+import mujoco
 import numpy as np
 import pytest
 
-from counterflow.envs import CameraView
-from counterflow.envs.rendering import available_backends, prepare_backend, require_backend
+from counterflow.envs import CameraView, RenderSettings
+from counterflow.envs.rendering import asked_for, available_backends, drawing, hurry, prepare_backend, require_backend
 from counterflow.errors import RenderingError
 
 
@@ -64,3 +66,29 @@ def test_projection_of_a_point_straight_ahead_and_one_behind() -> None:
     pixels = camera.project([[0, 0, 0], [2, 0, 0], [0, 1, 0], [0, 0, 3]])
     np.testing.assert_allclose(pixels[:3], [[100, 50], [150, 50], [100, 25]])
     assert np.isnan(pixels[3]).all()
+
+
+def test_who_was_made_without_rendering_says_so() -> None:
+    settings = RenderSettings(32, 32)
+    assert asked_for(settings, "the maze") is settings
+    with pytest.raises(RenderingError, match="the maze was made without rendering; pass"):
+        asked_for(None, "the maze")
+
+
+@pytest.mark.parametrize("error", [ImportError, RuntimeError, AttributeError])
+def test_what_fails_while_drawing_says_what_to_install(error: type[Exception]) -> None:
+    with (
+        pytest.raises(RenderingError, match="the maze can't draw frames here: no context. On Debian"),
+        drawing("the maze"),
+    ):
+        raise error("no context")
+    with pytest.raises(ZeroDivisionError), drawing("the maze"):
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(("quality", "left"), [("fast", (0, 0)), ("dataset", (4096, 4))])
+def test_only_the_fast_quality_leaves_out_shadows_and_multisampling(quality: Any, left: tuple[int, int]) -> None:
+    model = mujoco.MjModel.from_xml_string("<mujoco/>")
+    model.vis.quality.shadowsize, model.vis.quality.offsamples = 4096, 4
+    hurry(model, RenderSettings(32, 32, quality=quality))
+    assert (model.vis.quality.shadowsize, model.vis.quality.offsamples) == left

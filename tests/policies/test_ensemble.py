@@ -114,5 +114,7 @@ def test_members_begin_different_and_as_torchs_linear_layers_do(ensemble: Ensemb
 @pytest.mark.parametrize("name", ["inputs", "outputs", "members", "width", "depth"])
 def test_sizes_out_of_range(name: str) -> None:
     sizes: dict[str, Any] = {"inputs": 2, "outputs": 2, "members": 2, "width": 2, "depth": 2, name: 0}
-    with pytest.raises(InvalidInputError, match=rf"{name} of an ensemble of MLPs is 0; expected an integer of at least 1"):
+    with pytest.raises(
+        InvalidInputError, match=rf"{name} of an ensemble of MLPs is 0; expected an integer of at least 1"
+    ):
         EnsembleMLP(**sizes)

@@ -9,17 +9,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from counterflow.checks import COUNT, check_name
+from counterflow.checks import COUNT
 from counterflow.data.episodes import EpisodeDataset
+from counterflow.data.starts import Weighting, WindowStarts
 from counterflow.errors import DatasetError
-
-Weighting = Literal["windows", "episodes"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,6 @@ class ChunkSampler:
         weighting: Weighting = "windows",
     ) -> None:
         COUNT.check("the horizon", horizon)
-        check_name("weighting", weighting, Weighting)
         long_enough = dataset.lengths >= horizon
         self.num_left_out = int((~long_enough).sum())
         if not long_enough.any():
@@ -80,13 +77,8 @@ class ChunkSampler:
 
         first_rows = np.cumsum(dataset.lengths) - dataset.lengths
         windows = dataset.lengths[long_enough] - horizon + 1
-        first_windows = np.cumsum(windows) - windows
-        # Windows are numbered through all episodes; the w-th of an episode starts w steps into it.
-        starts = np.arange(windows.sum()) + np.repeat(first_rows[long_enough] - first_windows, windows)
-        self.num_windows = len(starts)
-        self._starts = torch.from_numpy(starts).to(self.device)
-        self._first_windows = torch.from_numpy(first_windows).to(self.device)
-        self._windows = torch.from_numpy(windows).to(self.device)
+        self._starts = WindowStarts(first_rows[long_enough], windows, weighting, self.device)
+        self.num_windows = len(self._starts)
         self._steps = torch.arange(horizon, device=self.device)
         observations = dataset.gather("observations")
         observation_type = np.uint8 if observations.dtype == np.uint8 else np.float32
@@ -103,16 +95,7 @@ class ChunkSampler:
         Raises:
             InvalidInputError: the batch size is not positive.
         """
-        COUNT.check("batch_size", batch_size)
-        if self.weighting == "windows":
-            window = torch.randint(self.num_windows, (batch_size,), generator=generator, device=self.device)
-        else:
-            episode = torch.randint(len(self._windows), (batch_size,), generator=generator, device=self.device)
-            windows = self._windows[episode]
-            # In float64 the share is below 1 by more than rounding could undo, so the floor stays inside the episode.
-            share = torch.rand(batch_size, generator=generator, device=self.device, dtype=torch.float64)
-            window = self._first_windows[episode] + (share * windows).long()
-        return self._gather(window)
+        return self._gather(self._starts.draw(batch_size, generator))
 
     def ordered(self, batch_size: int, limit: int | None = None) -> Iterator[ChunkBatch]:
         """Pass over every window once in the dataset's order, as for a validation loss.
@@ -129,10 +112,11 @@ class ChunkSampler:
                 COUNT.check(name, value)
         count = self.num_windows if limit is None else min(limit, self.num_windows)
         window = torch.arange(count, device=self.device) * self.num_windows // count
-        return (self._gather(window[first : first + batch_size]) for first in range(0, count, batch_size))
+        return (
+            self._gather(self._starts.rows[window[first : first + batch_size]]) for first in range(0, count, batch_size)
+        )
 
-    def _gather(self, window: Tensor) -> ChunkBatch:
-        start = self._starts[window]
+    def _gather(self, start: Tensor) -> ChunkBatch:
         return ChunkBatch(self._observations[start], self._actions[start[:, None] + self._steps])
 
 

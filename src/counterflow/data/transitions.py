@@ -19,7 +19,7 @@ from torch import Tensor
 
 from counterflow.checks import COUNT, SHARE, check_name
 from counterflow.data.episodes import Array, EpisodeDataset
-from counterflow.data.sampling import Weighting
+from counterflow.data.starts import Weighting, WindowStarts
 from counterflow.errors import DatasetError
 
 Float32Array = npt.NDArray[np.float32]
@@ -283,12 +283,8 @@ class WindowSampler:
         firsts = lasts - lengths + 1
         # How many starts an episode has: all but the last row, or those of whole windows.
         counts = (lengths - 1 if weighting == "episodes" else lengths - horizon + 1)[eligible]
-        self.num_starts = int(counts.sum())
-        # Starts are numbered through all episodes; the n-th of an episode lies n rows into it.
-        first_starts = np.cumsum(counts) - counts
-        self._starts = self._place(np.arange(self.num_starts) + np.repeat(firsts[eligible] - first_starts, counts))
-        self._firsts = self._place(firsts[eligible])
-        self._counts = self._place(counts)
+        self._starts = WindowStarts(firsts[eligible], counts, weighting, self.device)
+        self.num_starts = len(self._starts)
         self.lasts = self._place(np.repeat(lasts, lengths))
         self.steps = torch.arange(horizon + 1, device=self.device)
         self.observations = self._place(dataset.observations)
@@ -308,13 +304,7 @@ class WindowSampler:
         Raises:
             InvalidInputError: the batch size is not positive.
         """
-        COUNT.check("batch_size", batch_size)
-        if self.weighting == "windows":
-            return self._starts[torch.randint(self.num_starts, (batch_size,), generator=generator, device=self.device)]
-        episode = torch.randint(len(self._counts), (batch_size,), generator=generator, device=self.device)
-        # In float64 the share is below 1 by more than rounding could undo, so the floor stays inside the episode.
-        share = torch.rand(batch_size, generator=generator, device=self.device, dtype=torch.float64)
-        return self._firsts[episode] + (share * self._counts[episode]).long()
+        return self._starts.draw(batch_size, generator)
 
     def windows(self, starts: Tensor) -> Windows:
         """Gather windows of h + 1 rows, min(start + i, the episode's last row) for i = 0 .. h.

@@ -28,8 +28,7 @@ import pickle
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -37,11 +36,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from counterflow.envs.rendering import HOW_TO_INSTALL, prepare_backend, require_backend
+from counterflow.envs.rendering import asked_for, drawing, hurry, prepare_backend, require_backend
 from counterflow.envs.types import CameraView, EnvSpec, FloatArray, Image, Moment, Privileged, RenderSettings, Sights
-from counterflow.errors import MissingDependencyError, RenderingError, UnknownNameError
+from counterflow.errors import MissingDependencyError, UnknownNameError
 from counterflow.layout import ActionLayout, ObjectEntry, ObservationLayout
-from counterflow.random import child_seed
+from counterflow.random import child_seed, global_numpy
 
 FAMILY = "libero"
 STEP_LIMITS = {"spatial": 280, "object": 280, "goal": 300, "10": 520, "90": 400}
@@ -150,7 +149,7 @@ class LiberoEnv:
         self._renderers: dict[tuple[int, int, str], Any] = {}
         self._seen: Any = None  # MuJoCo's data, with everything where it was when robosuite last sampled observations
         self._steps = 0
-        with _global_numpy(0):
+        with global_numpy(0):
             self._env.reset()
         self._watch()
         self._entries = _entries(self._env)
@@ -190,7 +189,7 @@ class LiberoEnv:
         """Begin in initial state number `start` (0 to 49); where fixtures stand, within a centimetre, descends from `seed`."""
         self._free_renderers()  # a reset makes a new simulator
         self._seen = None
-        with _global_numpy(child_seed(seed, "places")):
+        with global_numpy(child_seed(seed, "places")):
             self._env.reset()
         simulator = self._env.sim
         simulator.set_state_from_flattened(self._starts[start])
@@ -215,11 +214,7 @@ class LiberoEnv:
 
     def render(self) -> Image:
         """Draw the present state: (height, width, 3) uint8."""
-        settings = self._render
-        if settings is None:
-            raise RenderingError(
-                f"{self._name} was made without rendering; pass `render=RenderSettings(...)` to make_env."
-            )
+        settings = asked_for(self._render, self._name)
         return self._draw(settings, settings.camera or CAMERA, self._env.sim.data._data)
 
     def look(self, names: Sequence[str]) -> Sights:
@@ -265,15 +260,13 @@ class LiberoEnv:
         import mujoco
 
         key = settings.width, settings.height, settings.quality
-        try:
+        with drawing(self._name):
             if key not in self._renderers:
                 self._renderers[key] = _renderer(self._env.sim.model._model, settings)
             option = mujoco.MjvOption()
             option.geomgroup[:2] = 0, 1  # what is seen, not what collides
             self._renderers[key].update_scene(data, camera, option)
             frame: Image = self._renderers[key].render()
-        except (ImportError, RuntimeError, AttributeError) as error:
-            raise RenderingError(f"{self._name} can't draw frames here: {error}. {HOW_TO_INSTALL}") from error
         return frame
 
     def _free_renderers(self) -> None:
@@ -497,9 +490,7 @@ def _renderer(model: Any, settings: RenderSettings) -> Any:
     quality, size = model.vis.quality, model.vis.global_
     size.offwidth, size.offheight = max(size.offwidth, settings.width), max(size.offheight, settings.height)
     own = quality.shadowsize, quality.offsamples
-    if settings.quality == "fast":
-        # The shadow map and multisampling cost most in software; both are read when the renderer is made.
-        quality.shadowsize = quality.offsamples = 0
+    hurry(model, settings)
     try:
         return mujoco.Renderer(model, settings.height, settings.width, max_geom=MAX_GEOMS)
     finally:
@@ -519,14 +510,3 @@ def _upright(quaternion: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """Return the one of a quaternion's two signs whose first number is not negative."""
     told = np.array(quaternion, dtype=np.float64)
     return -told if told[0] < 0 else told
-
-
-@contextmanager
-def _global_numpy(seed: int) -> Iterator[None]:
-    """Seed numpy's global generator for a while: robosuite draws places from it, and a caller's draws must not suffer."""
-    state = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(state)

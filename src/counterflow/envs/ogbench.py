@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from counterflow.envs.rendering import HOW_TO_INSTALL, prepare_backend, require_backend
+from counterflow.envs.rendering import asked_for, drawing, hurry, prepare_backend, require_backend
 from counterflow.envs.types import (
     CameraView,
     EnvSpec,
@@ -26,7 +26,7 @@ from counterflow.envs.types import (
     Privileged,
     RenderSettings,
 )
-from counterflow.errors import InvalidInputError, RenderingError
+from counterflow.errors import InvalidInputError
 from counterflow.layout import ActionLayout
 from counterflow.random import child_seed
 
@@ -154,19 +154,12 @@ class OGBenchEnv:
 
     def render(self) -> Image:
         """Draw the present state: (height, width, 3) uint8."""
-        if self._render is None:
-            raise RenderingError(
-                f"{self._name} was made without rendering; pass `render=RenderSettings(...)` to make_env."
-            )
-        try:
-            if not self._drawn_before and self._render.quality == "fast":
-                # The shadow map and multisampling cost ten times the rest in software; both are read when the context is made.
-                self._env.model.vis.quality.shadowsize = 0
-                self._env.model.vis.quality.offsamples = 0
+        settings = asked_for(self._render, self._name)
+        with drawing(self._name):
+            if not self._drawn_before:
+                hurry(self._env.model, settings)
             self._drawn_before = True
-            frame: Image = self._env.render(camera=self._render.camera)
-        except (ImportError, RuntimeError, AttributeError) as error:
-            raise RenderingError(f"{self._name} can't draw frames here: {error}. {HOW_TO_INSTALL}") from error
+            frame: Image = self._env.render(camera=settings.camera)
         return frame.copy()
 
     def camera(self) -> CameraView:

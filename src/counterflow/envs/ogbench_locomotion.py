@@ -8,15 +8,13 @@ a direction in words means nothing, so only the point has an action layout.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from counterflow.envs.rendering import HOW_TO_INSTALL, prepare_backend, require_backend
+from counterflow.envs.rendering import asked_for, drawing, hurry, prepare_backend, require_backend
 from counterflow.envs.types import (
     CameraView,
     EnvSpec,
@@ -26,9 +24,9 @@ from counterflow.envs.types import (
     Privileged,
     RenderSettings,
 )
-from counterflow.errors import InvalidInputError, RenderingError, UnknownNameError
+from counterflow.errors import InvalidInputError, UnknownNameError
 from counterflow.layout import ActionLayout
-from counterflow.random import child_seed
+from counterflow.random import child_seed, global_numpy
 
 FAMILIES = (
     "pointmaze-medium",
@@ -129,7 +127,7 @@ class OGBenchLocomotionEnv:
         """Begin the episode that `seed` names."""
         # OGBench also takes a few random actions first, to see what a walker looks like at the goal; it then resets the
         # simulator, so unlike in the manipulation environments they leave no trace.
-        with _global_numpy(child_seed(seed, "places")):
+        with global_numpy(child_seed(seed, "places")):
             observation, _ = self._env.reset(seed=child_seed(seed, "episode"))
         self._steps = 0
         return self._moment(observation, 0.0, success=False, terminated=False)
@@ -146,18 +144,11 @@ class OGBenchLocomotionEnv:
 
     def render(self) -> Image:
         """Draw the present state: (height, width, 3) uint8."""
-        if self._render is None:
-            raise RenderingError(
-                f"{self._name} was made without rendering; pass `render=RenderSettings(...)` to make_env."
-            )
-        try:
-            if self._env.custom_renderer is None and self._render.quality == "fast":
-                # As for the manipulation environments: the dear parts are read when the context is made.
-                self._env.model.vis.quality.shadowsize = 0
-                self._env.model.vis.quality.offsamples = 0
+        settings = asked_for(self._render, self._name)
+        with drawing(self._name):
+            if self._env.custom_renderer is None:
+                hurry(self._env.model, settings)
             frame: Image = self._env.render()
-        except (ImportError, RuntimeError, AttributeError) as error:
-            raise RenderingError(f"{self._name} can't draw frames here: {error}. {HOW_TO_INSTALL}") from error
         return frame.copy()
 
     def camera(self) -> CameraView:
@@ -202,14 +193,3 @@ class OGBenchLocomotionEnv:
         if self._family.startswith("antsoccer"):
             state["privileged/ball_xy"] = np.array(env.get_agent_ball_xy()[1], dtype=np.float64)
         return state
-
-
-@contextmanager
-def _global_numpy(seed: int) -> Iterator[None]:
-    """Seed numpy's global generator for a while: OGBench draws places from it, and a caller's draws must not suffer."""
-    state = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(state)

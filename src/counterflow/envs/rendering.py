@@ -10,7 +10,11 @@ from __future__ import annotations
 import ctypes.util
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
+from counterflow.envs.types import RenderSettings
 from counterflow.errors import RenderingError
 
 HOW_TO_INSTALL = (
@@ -58,3 +62,32 @@ def require_backend() -> str:
             f"Set MUJOCO_GL={chosen} in the environment, or import counterflow.envs and make the environment first."
         )
     return chosen
+
+
+def asked_for(settings: RenderSettings | None, name: str) -> RenderSettings:
+    """Return how an environment called `name` is to draw, or raise `RenderingError`: it was made without."""
+    if settings is None:
+        raise RenderingError(f"{name} was made without rendering; pass `render=RenderSettings(...)` to make_env.")
+    return settings
+
+
+@contextmanager
+def drawing(name: str) -> Iterator[None]:
+    """Say what to install where an environment called `name` fails to draw.
+
+    Raises:
+        RenderingError: what is done inside fails as drawing does.
+    """
+    try:
+        yield
+    except (ImportError, RuntimeError, AttributeError) as error:
+        raise RenderingError(f"{name} can't draw frames here: {error}. {HOW_TO_INSTALL}") from error
+
+
+def hurry(model: Any, settings: RenderSettings) -> None:
+    """Leave out what costs ten times the rest in software, shadows and multisampling, unless quality was asked for.
+
+    MuJoCo reads both when the context is made, so it has to be before the first frame.
+    """
+    if settings.quality == "fast":
+        model.vis.quality.shadowsize = model.vis.quality.offsamples = 0

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from counterflow.checks import check_numbers
 from counterflow.data import ACTOR_GOALS, VALUE_GOALS, GoalSampler, SliceStream, TransitionDataset, WindowSampler
-from counterflow.data.sampling import Weighting
+from counterflow.data.starts import Weighting
 from counterflow.data.transitions import Chunks, Windows
 from counterflow.envs import EnvSpec, describe, make_env
 from counterflow.errors import InvalidInputError, MismatchError, TrainingError, UnknownNameError

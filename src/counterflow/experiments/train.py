@@ -14,7 +14,7 @@ import torch
 
 from counterflow.checks import COUNT
 from counterflow.data import ChunkSampler, EpisodeDataset
-from counterflow.data.sampling import Weighting
+from counterflow.data.starts import Weighting
 from counterflow.envs import EnvSpec, describe
 from counterflow.errors import DatasetError, MismatchError, TrainingError
 from counterflow.experiments.evaluate import machine
