@@ -56,6 +56,8 @@ class Arguments:
     SAC against noise aliasing; bounds and shapes: of the latent; probe: steerability."""
     tasks: tuple[str, ...] = ()
     """Run the stages of a table for these tasks alone."""
+    methods: tuple[str, ...] = ()
+    """And for these methods, by their names in the table; none: for all."""
     decisions: int = DECISIONS
     """Chunks of each seed."""
     episodes: int = 20
@@ -126,7 +128,7 @@ def trained(
     arguments = job.arguments
     out = RUNS / stage / f"{short(task)}-{label.replace(' ', '-')}"
     kept = RESULTS / stage / f"{out.name}.json"
-    if kept.exists():
+    if kept.exists() or (arguments.methods and label not in arguments.methods):
         return
     config, settings = preset
     settings = replace(
