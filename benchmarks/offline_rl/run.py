@@ -492,7 +492,8 @@ def report_scale() -> str:
         HERE / "scale.png",
         xlabel="neurons of a hidden layer",
         title="Model size",
-        subtitle="QGF and RQL, small preset otherwise, " + " and ".join(task.split("/")[1] for task in comparison.tasks),
+        subtitle="QGF and RQL, small preset otherwise, "
+        + " and ".join(task.split("/")[1] for task in comparison.tasks),
     )
     return "\n".join(table(comparison, [label for several in labels.values() for label in several]))
 

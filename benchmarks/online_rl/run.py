@@ -19,6 +19,8 @@ import torch
 import tyro
 from rich.console import Console
 
+from counterflow.experiments.corrections import CorrectionsRun, train_corrections
+from counterflow.experiments.dagger import dagger
 from counterflow.experiments.distill import distill
 from counterflow.experiments.evaluate import evaluate, load_prior, machine, open_env
 from counterflow.experiments.figures import success_curve
@@ -28,13 +30,15 @@ from counterflow.experiments.probe import probe
 from counterflow.experiments.record import record
 from counterflow.experiments.statistics import SuccessRate
 from counterflow.files import write_between, write_json
+from counterflow.learning.corrections import CorrectionsConfig
 from counterflow.learning.dsrl import DSRLConfig, Variant
+from counterflow.learning.residual import CriticSees
 from counterflow.steering import ChunkRegressor, MethodSettings
 
 HERE = Path(__file__).parent
 COMMAND = "benchmarks/online_rl/run.py"
 DATA, RUNS, RESULTS = HERE / "data", HERE / "runs", HERE / "results"
-Stage = Literal["references", "works", "hardly", "rfs", "variants", "bounds", "shapes", "probe"]
+Stage = Literal["references", "works", "hardly", "rfs", "offline", "variants", "bounds", "shapes", "probe"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 SEEDS = (0, 1, 2)
 # FRS works, the base is under 0.3; of these random latents find successes easily on cube-single task 4 alone.
@@ -43,6 +47,9 @@ WORKS = ("ogbench/cube-single-task2", "ogbench/cube-single-task4", "ogbench/scen
 HARDLY = ("ogbench/scene-task3", "ogbench/scene-task4", "ogbench/cube-single-task5")
 SWEPT = "ogbench/cube-single-task4"
 ROLLOUTS = 20
+CORRECTED = 30  # episodes with an expert at hand
+TAUGHT = 5  # successes from which the noise policy that is corrected was distilled: few, so that there is something to correct
+SEEN: tuple[CriticSees, ...] = get_args(CriticSees)
 BOUNDS = (0.5, 1.0, 1.5, 2.0, 3.0)
 DECISIONS = 6_000
 
@@ -52,8 +59,8 @@ class Arguments:
     """Run the benchmark of online reinforcement learning."""
 
     stages: tuple[Stage, ...] = STAGES
-    """references: base, FRS and DSBC; works: where FRS works; hardly: from a single success; rfs: with its ablations; variants:
-    SAC against noise aliasing; bounds and shapes: of the latent; probe: steerability."""
+    """references: base, FRS and DSBC; works: where FRS works; hardly: from a single success; rfs: with its ablations; offline:
+    RFS from corrections; variants: SAC against noise aliasing; bounds and shapes: of the latent; probe: steerability."""
     tasks: tuple[str, ...] = ()
     """Run the stages of a table for these tasks alone."""
     methods: tuple[str, ...] = ()
@@ -218,6 +225,32 @@ def rfs(job: Job) -> None:
             )
 
 
+def offline(job: Job) -> None:
+    """Correct a noise policy that was taught by few successes, by what an expert did differently; the critic's input ablated."""
+    arguments = job.arguments
+    for task in job.tasks(WORKS[:2]):
+        helped = DATA / "helped" / short(task)
+        dagger(task, recording(task, "frs", ROLLOUTS), helped, rounds=1, episodes=CORRECTED, first=TAUGHT)
+        for seen in SEEN:
+            kept = RESULTS / "offline" / f"{short(task)}-{seen}.json"
+            if kept.exists():
+                continue
+            out = RUNS / "offline" / kept.stem
+            job.console.log(f"offline: {task}, the critic sees {seen}")
+            train_corrections(
+                helped / "rollouts",
+                task,
+                out,
+                CorrectionsConfig(critic_sees=seen),
+                CorrectionsRun(residual_bound=(0.5,), episodes=arguments.final_episodes),
+                noise_policy=helped / "round-0.safetensors",
+                seeds=arguments.seeds,
+            )
+            rounds = json.loads((helped / "rounds.json").read_text())["rounds"]
+            content = json.loads((out / "results.json").read_text())
+            write_json(kept, {"task": task, "label": seen, "round": rounds[0], **content})
+
+
 def variants(job: Job) -> None:
     """Run the SAC variant against noise aliasing, same settings otherwise."""
     both: tuple[Variant, ...] = ("sac", "aliasing")
@@ -253,6 +286,7 @@ RUN: dict[str, Callable[[Job], None]] = {
     "works": works,
     "hardly": hardly,
     "rfs": rfs,
+    "offline": offline,
     "variants": variants,
     "bounds": bounds,
     "shapes": shapes,
@@ -281,6 +315,7 @@ def curve(content: Mapping[str, Any]) -> dict[float, SuccessRate]:
 
 def report() -> None:
     """Write tables into the README and draw the figures, of what has been run."""
+    report_offline()
     for stage in ("works", "hardly", "rfs", "variants", "bounds", "shapes"):
         found = results_of(stage)
         if not found:
@@ -302,6 +337,28 @@ def report() -> None:
                 steps, rate = list(curve(content).items())[-1]
                 lines.append(f"| {task} | {label} | {cell(rate)} | {steps:,.0f} | {content['ledger']['seconds']:.0f} |")
         write_between(HERE / "README.md", stage, COMMAND, "\n".join(lines))
+
+
+def report_offline() -> None:
+    """Write the table of RFS from corrections."""
+    found = results_of("offline")
+    if not found:
+        return
+    lines = ["| task | the critic sees | what is corrected | with the residual | each seed | corrected decisions |"]
+    lines += ["| --- | --- | ---: | ---: | --- | ---: |"]
+    for task, contents in found.items():
+        for seen, content in contents.items():
+            last = {name: points[-1] for name, points in content["curves"].items()}
+            base = last.pop("base")
+            rates = [
+                SuccessRate(round(one["success_rate"] * one["episodes"]), one["episodes"]) for one in last.values()
+            ]
+            whole = SuccessRate(sum(one.successes for one in rates), sum(one.episodes for one in rates))
+            before = SuccessRate(round(base["success_rate"] * base["episodes"]), base["episodes"])
+            each = ", ".join(f"{100 * one.rate:.0f}" for one in rates)
+            share = content["round"]["interventions"]
+            lines.append(f"| {task} | {seen} | {cell(before)} | {cell(whole)} | {each} | {100 * share:.0f}% |")
+    write_between(HERE / "README.md", "offline", COMMAND, "\n".join(lines))
 
 
 def levels_of(task: str) -> dict[str, SuccessRate]:

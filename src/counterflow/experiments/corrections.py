@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from counterflow.checks import NOT_NEGATIVE
+from counterflow.checks import check_numbers
 from counterflow.data import SteeringDataset
 from counterflow.data.replay import Recorded, Replay
 from counterflow.envs import VectorEnv
@@ -77,20 +77,11 @@ class CorrectionsRun:
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        for name, least in (
-            ("steps", 1),
-            ("first", 0),
-            ("evaluate_every", 0),
-            ("episodes", 0),
-            ("checkpoint_every", 1),
-        ):
-            if getattr(self, name) < least:
-                raise InvalidInputError(f"{name} is {getattr(self, name)}; expected {least} or more.")
+        check_numbers(self, or_zero=("first", "evaluate_every", "episodes"))
         if not self.residual_bound or not all(0 < one < float("inf") for one in self.residual_bound):
             raise InvalidInputError(
                 f"residual_bound is {self.residual_bound}; expected one positive number, or one for each action dimension."
             )
-        NOT_NEGATIVE.check_all(self, "bound")
 
     def space(self, policy: BasePolicy, steps: int, solver: str) -> SteeringSpace:
         """Return the residual's space on top of a policy that denoises like that."""
