@@ -49,7 +49,15 @@ SWEPT = "ogbench/cube-single-task4"
 ROLLOUTS = 20
 CORRECTED = 30  # episodes with an expert at hand
 TAUGHT = 5  # successes from which the noise policy that is corrected was distilled: few, so that there is something to correct
-SEEN: tuple[CriticSees, ...] = get_args(CriticSees)
+UPDATES = 2_000
+# Of RFS from corrections, what is compared: label -> weight of the value against the anchor, what the critic sees.
+LEARNED_FROM: dict[str, tuple[float, CriticSees]] = {
+    "imitation alone": (0.0, "executed"),
+    "value 0.01, executed action": (0.01, "executed"),
+    "value 0.01, residual alone": (0.01, "residual"),
+    "value 0.01, both": (0.01, "both"),
+    "value 2.5 (TD3+BC's), executed action": (2.5, "executed"),
+}
 BOUNDS = (0.5, 1.0, 1.5, 2.0, 3.0)
 DECISIONS = 6_000
 
@@ -231,24 +239,24 @@ def offline(job: Job) -> None:
     for task in job.tasks(WORKS[:2]):
         helped = DATA / "helped" / short(task)
         dagger(task, recording(task, "frs", ROLLOUTS), helped, rounds=1, episodes=CORRECTED, first=TAUGHT)
-        for seen in SEEN:
-            kept = RESULTS / "offline" / f"{short(task)}-{seen}.json"
-            if kept.exists():
+        for label, (alpha, seen) in LEARNED_FROM.items():
+            kept = RESULTS / "offline" / f"{short(task)}-{seen}-{alpha:g}.json"
+            if kept.exists() or (arguments.methods and label not in arguments.methods):
                 continue
             out = RUNS / "offline" / kept.stem
-            job.console.log(f"offline: {task}, the critic sees {seen}")
+            job.console.log(f"offline: {task}, {label}")
             train_corrections(
                 helped / "rollouts",
                 task,
                 out,
-                CorrectionsConfig(critic_sees=seen),
-                CorrectionsRun(residual_bound=(0.5,), episodes=arguments.final_episodes),
+                CorrectionsConfig(alpha=alpha, critic_sees=seen),
+                CorrectionsRun(UPDATES, residual_bound=(0.5,), episodes=arguments.final_episodes),
                 noise_policy=helped / "round-0.safetensors",
                 seeds=arguments.seeds,
             )
             rounds = json.loads((helped / "rounds.json").read_text())["rounds"]
             content = json.loads((out / "results.json").read_text())
-            write_json(kept, {"task": task, "label": seen, "round": rounds[0], **content})
+            write_json(kept, {"task": task, "label": label, "round": rounds[0], **content})
 
 
 def variants(job: Job) -> None:
@@ -344,10 +352,10 @@ def report_offline() -> None:
     found = results_of("offline")
     if not found:
         return
-    lines = ["| task | the critic sees | what is corrected | with the residual | each seed | corrected decisions |"]
+    lines = ["| task | learned by | what is corrected | with the residual | each seed | corrected decisions |"]
     lines += ["| --- | --- | ---: | ---: | --- | ---: |"]
     for task, contents in found.items():
-        for seen, content in contents.items():
+        for label, content in sorted(contents.items(), key=lambda one: list(LEARNED_FROM).index(one[0])):
             last = {name: points[-1] for name, points in content["curves"].items()}
             base = last.pop("base")
             rates = [
@@ -357,7 +365,7 @@ def report_offline() -> None:
             before = SuccessRate(round(base["success_rate"] * base["episodes"]), base["episodes"])
             each = ", ".join(f"{100 * one.rate:.0f}" for one in rates)
             share = content["round"]["interventions"]
-            lines.append(f"| {task} | {seen} | {cell(before)} | {cell(whole)} | {each} | {100 * share:.0f}% |")
+            lines.append(f"| {task} | {label} | {cell(before)} | {cell(whole)} | {each} | {100 * share:.0f}% |")
     write_between(HERE / "README.md", "offline", COMMAND, "\n".join(lines))
 
 
