@@ -33,7 +33,9 @@ class CorrectionsConfig(ResidualConfig):
     """Settings of offline RFS; see `ResidualConfig` and `SACConfig` for the others (temperature and entropy are not read).
 
     Attributes:
-        alpha: weight of the value against the anchor (TD3+BC's).
+        alpha: weight of the value against the anchor; 0: the corrections are imitated, and the critic is not asked. TD3+BC's
+            own 2.5 is made for actions: residuals are mostly zero, their anchor is a hundred times as small, and with 2.5 an
+            actor follows the critic wherever it is wrong (`benchmarks/online_rl`).
         anchor: what is held near the recorded: the "residual", in units of its bound, or the "executed" action.
         policy_noise: deviation of the noise on the target's residual, in units of its bound.
         noise_clip: where that noise is clipped.
@@ -45,7 +47,7 @@ class CorrectionsConfig(ResidualConfig):
     """
 
     prefilled_share: float = 1.0
-    alpha: float = 2.5
+    alpha: float = 0.01
     anchor: Anchor = "residual"
     policy_noise: float = 0.2
     noise_clip: float = 0.5
