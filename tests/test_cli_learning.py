@@ -242,7 +242,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            (("record", TASK, "--out", "x", "--successes", "0"), "0 successes were asked for"),
+            (("record", TASK, "--out", "x", "--successes", "0"), "successes is 0; expected an integer of at least 1"),
             (("record", "ogbench/cube-single", "--out", "x"), "is a family of tasks"),
             (("record", TASK, "--out", "x", "--successes", "2", "--max-episodes", "1"), "max_episodes is 1"),
             (("invert", "x.npz", "--env", TASK, "--out", "o.npz", "--steps", "0"), "denoising steps is 0"),
