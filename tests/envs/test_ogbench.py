@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from counterflow.envs import RenderSettings, env_names, families, family_of, make_env
-from counterflow.envs.ogbench import FAMILIES, GOALS, OGBenchEnv, names
+from counterflow.envs.ogbench import FAMILIES, GOALS, OGBenchEnv, describe_once, names
 from counterflow.errors import InvalidInputError, RenderingError, UnknownNameError
 from counterflow.random import child_seed
 
@@ -178,3 +178,39 @@ def test_render_settings_are_checked() -> None:
         RenderSettings(width=4)
     with pytest.raises(InvalidInputError, match="quality"):
         RenderSettings(quality="best")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["cube-double", "scene", "puzzle-3x3"])
+def test_a_state_that_is_described_once_is_described_as_by_ogbench(family: str) -> None:
+    import gymnasium
+    import ogbench.manipspace  # noqa: F401  # registers the environments
+
+    def history(*, once: bool) -> list[dict[str, np.ndarray]]:
+        np.random.seed(3)
+        env = gymnasium.make(f"{family}-v0", terminate_at_goal=False, mode="data_collection").unwrapped
+        described = []
+        if once:
+            describe = env.compute_ob_info
+            env.compute_ob_info = lambda: described.append(0) or describe()
+            describe_once(env)
+        observation, info = env.reset(seed=1)
+        found = [{"observation": observation, **info}]
+        rng = np.random.default_rng(2)
+        described.clear()
+        for step in range(40):
+            if step == 20:
+                observation, info = env.set_new_target()
+                found.append({"observation": observation, **info})
+                described.clear()
+            observation, reward, _, _, info = env.step(rng.uniform(-1, 1, 5))
+            found.append({"observation": observation, "reward": np.array(reward), **info})
+        if once:
+            assert len(described) == 20 * (1 if family.startswith("cube") else 2)
+        env.close()
+        return found
+
+    expected, given = history(once=False), history(once=True)
+    for before, after in zip(expected, given, strict=True):
+        assert before.keys() == after.keys()
+        for name, value in before.items():
+            np.testing.assert_array_equal(after[name], value, err_msg=name)

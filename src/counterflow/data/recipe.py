@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from counterflow.checks import check_name
-from counterflow.envs.ogbench import FAMILIES
+from counterflow.envs.ogbench import FAMILIES, describe_once
 from counterflow.envs.rendering import prepare_backend
 from counterflow.errors import InvalidInputError, UnknownNameError
 from counterflow.random import check_seed, child_seed
@@ -198,7 +198,9 @@ def _make_simulator(recipe: Recipe) -> Any:
     gymnasium.logger.min_level = (
         gymnasium.logger.ERROR
     )  # it warns of the precision of OGBench's spaces, in every process
-    return gymnasium.make(f"{recipe.family}-v0", terminate_at_goal=False, mode="data_collection").unwrapped
+    env: Any = gymnasium.make(f"{recipe.family}-v0", terminate_at_goal=False, mode="data_collection").unwrapped
+    describe_once(env)
+    return env
 
 
 def _make_oracles(recipe: Recipe, env: Any) -> dict[str, Any]:
