@@ -64,6 +64,8 @@ def test_numpys_integers_count_but_are_no_settings() -> None:
     COUNT.check("steps", np.int64(3))
     with pytest.raises(InvalidInputError, match=r"steps is np.int64\(3\); expected an integer of at least 1"):
         COUNT.check_all(Settings(steps=np.int64(3)), "steps")  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="steps is np.int64"):
+        COUNT.check("steps", np.int64(3), written=True)
 
 
 @pytest.mark.parametrize(

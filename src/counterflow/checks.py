@@ -61,31 +61,26 @@ class Range:
         said = f"{kind} {' and '.join(bounds)}" if bounds else kind
         return f"{said} ({self.unit})" if self.unit else said
 
-    def check(self, name: str, value: Any, hint: str = "") -> None:
+    def check(self, name: str, value: Any, hint: str = "", *, written: bool = False) -> None:
         """Raise `InvalidInputError` unless a value is of this range.
 
         Args:
             name: what the value is called in the message.
             value: anything.
             hint: what to do about it, where that isn't plain from the range.
+            written: the value goes into a file, where NumPy's numbers are none.
         """
-        if value not in self:
+        if value not in self or (written and not isinstance(value, int | float)):
             raise InvalidInputError(f"{name} is {value!r}; expected {self}.{hint and ' ' + hint}")
 
     def check_all(self, settings: object, *names: str) -> None:
-        """Raise `InvalidInputError` unless these attributes of `settings` are of this range.
-
-        Settings are written into files, so NumPy's numbers are none here.
-        """
+        """Raise `InvalidInputError` unless these attributes of `settings`, which are written into files, are of this range."""
         for name in names:
-            value = getattr(settings, name)
-            if value not in self or not isinstance(value, int | float):
-                raise InvalidInputError(f"{name} is {value!r}; expected {self}.")
+            self.check(name, getattr(settings, name), written=True)
 
 
 COUNT = Range(1, integer=True)
 COUNT_OR_ZERO = Range(0, integer=True)
-FINITE = Range()
 POSITIVE = Range(0, above=True)
 NOT_NEGATIVE = Range(0)
 SHARE = Range(0, 1)

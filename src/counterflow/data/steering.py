@@ -620,8 +620,8 @@ def _check_binding(binding: Binding) -> None:
     """
     for name in ("horizon", "dim", "steps"):
         value = getattr(binding, name)
-        COUNT.check(f"the binding's {name}", value)
-    COUNT_OR_ZERO.check("the binding's padding", binding.padding)
+        COUNT.check(f"the binding's {name}", value, written=True)
+    COUNT_OR_ZERO.check("the binding's padding", binding.padding, written=True)
     if binding.solver not in SOLVERS:
         raise UnknownNameError("solver", str(binding.solver), SOLVERS)
 

@@ -111,7 +111,7 @@ def demonstrate(
         WorkerError: a simulator failed.
     """
     check_env_name(env_name)
-    Range(1, MAX_EPISODES, integer=True).check("episodes", episodes)
+    Range(1, MAX_EPISODES, integer=True).check("episodes", episodes, written=True)
     path = Path(out)
     if path.suffix != ".npz":
         raise InvalidInputError(f"the demonstrations' path is {str(path)!r}; expected it to end in '.npz'.")

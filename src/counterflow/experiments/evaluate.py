@@ -235,7 +235,7 @@ def adapted(policy: BasePolicy, env: str) -> BasePolicy:
 
 def check_episodes(episodes: int) -> int:
     """Return `episodes`, or raise `InvalidInputError` unless it is a sensible number."""
-    Range(1, MAX_EPISODES, integer=True).check("episodes", episodes)
+    Range(1, MAX_EPISODES, integer=True).check("episodes", episodes, written=True)
     return episodes
 
 

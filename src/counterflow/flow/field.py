@@ -106,7 +106,7 @@ def check_count(count: int, name: str) -> None:
     Raises:
         InvalidInputError: it is not.
     """
-    COUNT.check(name, count)
+    COUNT.check(name, count, written=True)
 
 
 def check_differentiation(caller: str) -> None:

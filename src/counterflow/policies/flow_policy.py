@@ -50,7 +50,7 @@ class NetworkConfig:
         check_name("network", self.name, NetworkName)
         for size in ("width", "depth", "heads"):
             value = getattr(self, size)
-            COUNT.check(f"network {size}", value)
+            COUNT.check(f"network {size}", value, written=True)
 
 
 class FlowPolicy(nn.Module):

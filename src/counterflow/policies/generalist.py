@@ -69,7 +69,7 @@ class GeneralistConfig:
         """Check the sizes."""
         for name in ("width", "encoder_depth", "depth", "heads", "name_dim", "sentence_dim", "max_objects"):
             value = getattr(self, name)
-            COUNT.check(f"the generalist's {name}", value)
+            COUNT.check(f"the generalist's {name}", value, written=True)
         if self.width % self.heads:
             raise InvalidInputError(f"width {self.width} can't be divided among {self.heads} heads; choose a multiple.")
 

@@ -85,7 +85,7 @@ class NearestToReference:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        Range(1, 4096, integer=True).check("sample-and-rank n", self.candidates)
+        Range(1, 4096, integer=True).check("sample-and-rank n", self.candidates, written=True)
         if self.distance not in ("cosine", "l2"):
             raise InvalidInputError(f"sample-and-rank distance is {self.distance!r}; expected 'cosine' or 'l2'.")
 
@@ -132,7 +132,7 @@ class HighestValue:
 
     def __post_init__(self) -> None:
         """Check the settings, and that critic and policy belong together."""
-        Range(1, 4096, integer=True).check("best-of-N n", self.candidates)
+        Range(1, 4096, integer=True).check("best-of-N n", self.candidates, written=True)
         check_aggregation(self.aggregation, self.rho)
         self.critic.binding.check(self.policy)
         self.critic.check_task(self.task)

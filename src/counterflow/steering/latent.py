@@ -48,7 +48,7 @@ class LatentShape:
         """Check names and rank."""
         check_name("latent shape", self.kind, LatentKind)
         check_name("rest of the latent", self.rest, Rest)
-        COUNT.check("the latent's rank", self.rank)
+        COUNT.check("the latent's rank", self.rank, written=True)
 
     @property
     def keeps_prior(self) -> bool:

@@ -87,7 +87,7 @@ class FlowReversal:
             raise InvalidInputError(
                 f"FlowReversal padding is {self.padding!r}; expected 'fresh', 'held' or 'reversed'."
             )
-        Range(1, 1000, integer=True).check("FlowReversal steps (K)", self.steps)
+        Range(1, 1000, integer=True).check("FlowReversal steps (K)", self.steps, written=True)
         if self.solver not in ("euler", "midpoint", "rk4", "exact"):
             raise InvalidInputError(
                 f"FlowReversal solver is {self.solver!r}; expected 'euler', 'midpoint', 'rk4' or 'exact'."

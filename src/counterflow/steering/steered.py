@@ -306,7 +306,7 @@ def inputs_of(policy: BasePolicy, context: SteeringContext, kind: Inputs) -> Ten
 
 def check_steps(steps: int) -> int:
     """Return `steps`, or raise `InvalidInputError` unless it is a sensible number of denoising steps."""
-    Range(1, MAX_STEPS, integer=True).check("denoising steps", steps)
+    Range(1, MAX_STEPS, integer=True).check("denoising steps", steps, written=True)
     return steps
 
 
