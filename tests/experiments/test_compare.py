@@ -29,10 +29,10 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     labels: list[str] = []
 
     def run(
-        env: Any, prior: Any, contender: Contender, learned: Any, critic: Any, episodes: int, seed: int, _: Any
+        env: Any, prior: Any, contender: Contender, learned: Any, critic: Any, episodes: range, seed: int, _: Any
     ) -> Evaluation:
         labels.append(contender.label)
-        rate = SuccessRate(episodes // 2, episodes)
+        rate = SuccessRate(len(episodes) // 2, len(episodes))
         name = module.policy_name(prior)
         return Evaluation(TASK, contender.method, {}, name, seed, rate, 1.0, 1, 1, 0, 0.0, 0.0, 0.0)
 
@@ -89,3 +89,29 @@ def test_a_critic_and_how_it_guides_are_part_of_what_was_asked(runs: list[str], 
     path.write_text(json.dumps(content))
     compare([TASK], [Contender("FRS", "frs", critic=files[0], guidance=GuidanceSettings(0.1))], 4, 0, path=path)
     assert len(runs) == 4
+
+
+def test_more_episodes_are_the_missing_ones_alone(tmp_path: Path) -> None:
+    contenders = [Contender("base", "base"), Contender("FRS", "frs")]
+    path, whole = tmp_path / "begun.json", tmp_path / "whole.json"
+    compare([TASK], contenders[:1], 1, 3, path=path)
+    seen: list[int] = []
+    compare([TASK], contenders, 3, 3, path=path, on_episode=lambda episode: seen.append(episode.seed))
+    assert len(seen) == 2 + 3  # of the first contender, the two that were missing
+    found = compare([TASK], contenders, 3, 3, path=path, on_episode=lambda episode: seen.append(episode.seed))
+    assert len(seen) == 5
+    at_once = compare([TASK], contenders, 3, 3, path=whole)
+    for one, other in zip(found.results, at_once.results, strict=True):
+        assert one.pop("diagnostics") == pytest.approx(
+            other.pop("diagnostics"), abs=2e-6
+        )  # rounded before they are pooled
+        assert one | {"seconds": 0} == other | {"seconds": 0}
+    assert len(json.loads(path.read_text())["results"]) == 2  # what was begun is part of what it became
+
+
+def test_what_kept_no_episodes_is_run_from_the_first(runs: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    compare([TASK], [Contender("base", "base")], 2, 0, path=path)
+    found = compare([TASK], [Contender("base", "base")], 4, 0, path=path)
+    assert found.rates["base"][TASK] == SuccessRate(2, 4)
+    assert runs == ["base", "base"]

@@ -100,7 +100,8 @@ def compare(
         device: where it computes, and what was learned beside it.
         num_envs: environments stepped side by side, which results don't depend on; None: chosen.
         path: where to keep the results, written after every evaluation. What is there already, from the same seed,
-            episodes, settings and policy, is not run again; so an interrupted comparison goes on where it stopped.
+            settings and policy, is not run again; so an interrupted comparison goes on where it stopped, and one that is
+            asked for more episodes runs those that are missing.
         on_start: called before each evaluation that is run.
         on_episode: called after each episode.
 
@@ -111,6 +112,7 @@ def compare(
     """
     results = [] if path is None else read_results(path)
     done = {_key(result): result for result in results}
+    fewer = {_key(result, episodes=False): result for result in results if 0 < len(_outcomes(result)) < episodes}
     rates: dict[str, dict[str, SuccessRate]] = {contender.label: {} for contender in contenders}
     kept: list[dict[str, Any]] = []
     render = next((one.reasoner.render for one in contenders if one.reasoner.render is not None), None)
@@ -146,9 +148,11 @@ def compare(
                     if on_start is not None:
                         on_start(task, contender)
                     env = open_env(task, episodes, num_envs=num_envs, **drawn) if env is None else env
-                    found = _run(env, prior, contender, learned, critic, episodes, seed, on_episode)
-                    result = {**wanted, **found.to_json()}
-                    results.append(result)
+                    begun = fewer.get(_key(wanted, episodes=False))
+                    first = 0 if begun is None else begun["episodes"]
+                    found = _run(env, prior, contender, learned, critic, range(first, episodes), seed, on_episode)
+                    result = {**wanted, **(found.to_json() if begun is None else _pooled(begun, found.to_json()))}
+                    results = [one for one in results if one is not begun] + [result]
                     if path is not None:
                         write_json(path, {"machine": machine(), "results": results})
                 kept.append(result)
@@ -218,7 +222,7 @@ def _run(
     contender: Contender,
     learned: ChunkRegressor | None,
     critic: ChunkCritic | None,
-    episodes: int,
+    episodes: range,
     seed: int,
     on_episode: Callable[[Episode], None] | None,
 ) -> Evaluation:
@@ -226,8 +230,9 @@ def _run(
         env,
         prior,
         contender.method,
-        episodes,
+        episodes.stop,
         seed,
+        first=episodes.start,
         settings=contender.settings,
         reasoner=contender.reasoner,
         learned=learned,
@@ -237,9 +242,38 @@ def _run(
     )
 
 
-def _key(result: dict[str, Any]) -> str:
-    """Return what must agree for a result to be used again."""
-    names = ("label", "env", "steer", "episodes", "seed", "policy")
+def _outcomes(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a result's episodes one by one; none where it did not keep every one of them."""
+    outcomes: list[dict[str, Any]] = result.get("outcomes") or []
+    return outcomes if len(outcomes) == result["episodes"] else []
+
+
+def _pooled(begun: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
+    """Return an evaluation's first episodes and the rest of them as one result."""
+    parts = (begun, rest)
+    rate = SuccessRate(sum(part["successes"] for part in parts), sum(part["episodes"] for part in parts))
+    diagnostics: dict[str, float | None] = {}
+    for name in rest["diagnostics"]:
+        known = [(part["diagnostics"].get(name), part["episodes"]) for part in parts]
+        known = [(value, episodes) for value, episodes in known if value is not None]
+        total = sum(episodes for _, episodes in known)
+        diagnostics[name] = round(sum(value * episodes for value, episodes in known) / total, 6) if known else None
+    return {
+        **rest,
+        "episodes": rate.episodes,
+        "successes": rate.successes,
+        "success_rate": rate.rate,
+        "ci95": list(rate.interval),
+        "seconds": round(sum(part["seconds"] for part in parts), 3),
+        "ledger": {name: sum(part["ledger"][name] for part in parts) for name in rest["ledger"]},
+        "diagnostics": diagnostics,
+        "outcomes": begun["outcomes"] + rest["outcomes"],
+    }
+
+
+def _key(result: dict[str, Any], *, episodes: bool = True) -> str:
+    """Return what must agree for a result to be used again, without `episodes` for it to be gone on with."""
+    names = ("label", "env", "steer", "seed", "policy", *(("episodes",) if episodes else ()))
     asked = result["asked"]
     # A setting that came after a result was written had its default then.
     asked = {**asked, "method": asdict(MethodSettings()) | asked["method"]}

@@ -251,11 +251,12 @@ def evaluate(
     learned: Learned | None = None,
     critic: ChunkCritic | None = None,
     guidance: GuidanceSettings | None = None,
+    first: int = 0,
     on_episode: Callable[[Episode], None] | None = None,
 ) -> Evaluation:
     """Run `episodes` episodes of one method on one task.
 
-    The episodes of every method begin in the same states: they descend from the same seeds.
+    The episodes of every method begin in the same states: they descend from the same seeds, whatever else is run.
 
     Args:
         env: the task, vectorised; it stays open.
@@ -270,6 +271,7 @@ def evaluate(
         learned: the noise policy of "dsbc", the action policy of "bc", the actor of "actor", or critics and anchors.
         critic: what guides the flow: that of the policy alone ("qgf"), or, beside it, of "frs", "dsbc" and others.
         guidance: how; a weight that is to be found costs episodes of its own, which aren't counted as results.
+        first: leave out the episodes before this one, which have been run.
         on_episode: called as each episode finishes.
 
     Raises:
@@ -277,6 +279,7 @@ def evaluate(
         InvalidInputError: a number is out of range, or nothing was given for a method that needs something learned.
     """
     check_episodes(episodes)
+    Range(0, episodes - 1, integer=True).check("first", first)
     settings = MethodSettings() if settings is None else settings
     reasoner = ReasonerSettings() if reasoner is None else reasoner
     steered = steered_by(policy, method, settings, learned)
@@ -287,7 +290,7 @@ def evaluate(
         found = weigh(env, steered, critic, guidance, seed, make_reasoner=make_reasoner, convention=reasoner.writing())
         steered = guide(steered, critic, guidance.with_weight(found.weight), task_of(critic, env))
         own |= {"critic": critic.fingerprint, "guidance": asdict(guidance), "weight": found.to_json()}
-    seeds = [child_seed(check_seed(seed), "episode", index) for index in range(episodes)]
+    seeds = [child_seed(check_seed(seed), "episode", index) for index in range(first, episodes)]
     began = time.perf_counter()
     finished = run_episodes(
         steered,
@@ -309,7 +312,7 @@ def evaluate(
         settings={**own, **({} if make_reasoner is None else reasoner.to_json())},
         policy=policy_name(frozen(policy)),
         seed=seed,
-        rate=SuccessRate(sum(episode.success for episode in finished), episodes),
+        rate=SuccessRate(sum(episode.success for episode in finished), len(finished)),
         seconds=seconds,
         environment_steps=sum(episode.steps for episode in finished),
         evaluations=sum(episode.evaluations for episode in finished),
