@@ -218,6 +218,18 @@ def test_a_reasoner_that_remembers_goes_on_too(
         assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (out / "metrics.jsonl").read_text()
 
 
+def test_a_reasoner_may_err(world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors: list[float] = []
+    monkeypatch.setattr(ReasonerSettings, "maker", lambda self, env: errors.append(self.error) or Alternating)
+    settings = replace(RUN, reasoner=True, reasoner_error=0.25, decisions=24)
+    train("anchors", tmp_path / "anchors", settings)
+    train("dsrl", tmp_path / "dsrl", replace(settings, keep_steering=True))
+    assert len(errors) >= 3  # while learning and while evaluated
+    assert {*errors} == {0.25}
+    with pytest.raises(InvalidInputError, match="reasoner_error"):
+        OnlineRun(reasoner_error=1.5)
+
+
 def test_anchors_that_listen_to_a_reasoner_are_evaluated_with_it(
     world: None, prior: FlowPolicy, plane: Callable[..., VectorEnv], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

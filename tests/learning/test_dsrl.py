@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
 from counterflow.data import Recorded, Replay
+from counterflow.data.replay import ReplayBatch
 from counterflow.errors import CheckpointError, InvalidInputError, UnknownNameError
 from counterflow.learning.bc import can_compile
 from counterflow.learning.dsrl import AliasingLearner, AnchorsLearner, DSRLConfig, DSRLLearner, noise_critic_loss
@@ -171,6 +174,30 @@ def test_targets_lag_and_the_entropy_can_be_left_out_of_the_backup() -> None:
     assert values[True] > 10 * values[False]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("said", "known"), [(5.0, 1.0), (-5.0, 0.0)])
+def test_a_target_takes_over_no_value_that_cannot_be(
+    kind: str, said: float, known: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def endlessly(gather: Callable[..., ReplayBatch], *asked: Any) -> ReplayBatch:
+        batch = gather(*asked)
+        return dataclasses.replace(batch, followed=torch.ones_like(batch.followed))  # anchors learn from no others
+
+    losses = []
+    for level, bounds in ((said, {"lowest_value": 0.0, "highest_value": 1.0}), (known, {}), (said, {})):
+        learner = make(kind, [0], entropy_backup=False, **bounds)
+        (target,) = {id(followed): followed for _, followed in learner.following()}.values()
+        with torch.no_grad():
+            target.weights[-1].zero_()
+            target.biases[-1].fill_(level)
+        endless = filled()
+        endless._columns["discounts"] += 0.9
+        monkeypatch.setattr(endless, "gather", partial(endlessly, endless.gather))
+        losses.append(learner.update(endless, 1)["critic_loss"].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert abs(losses[2] - losses[1]) > 0.1
+
+
 def test_each_critic_of_the_noise_follows_its_own_critic_of_the_action() -> None:
     noise_critic, action_critic = (StackedMLP(5, 1, 2, 4, 1) for _ in range(2))
     with torch.no_grad():
@@ -269,6 +296,8 @@ def test_anchors_learn_what_was_executed_is_worth(judged: str) -> None:
         ({"activation": "sine"}, UnknownNameError),
         ({"variant": "ppo"}, UnknownNameError),
         ({"select_temperature": 0.0}, InvalidInputError),
+        ({"highest_value": 1.0}, InvalidInputError),
+        ({"entropy_backup": False, "lowest_value": 1.0, "highest_value": 0.0}, InvalidInputError),
     ],
 )
 def test_settings_out_of_range_are_refused(changes: dict[str, Any], kind: type[Exception]) -> None:

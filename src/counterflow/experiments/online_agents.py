@@ -133,6 +133,7 @@ class OffPolicyAgent(Agent):
             device,
         )
         self.reasoners: list[Reasoner] = []
+        self._asking = ReasonerSettings(settings.reasoner_error)
         self._asked: list[tuple[int, int]] = []
         self.proposals: Proposals | None = None
         anchors = isinstance(config, DSRLConfig) and config.variant == "anchors"
@@ -142,7 +143,7 @@ class OffPolicyAgent(Agent):
         if settings.keep_steering or self._weighted:
             if algorithm != "dsrl":
                 raise InvalidInputError(f"keep_steering is for dsrl; {algorithm} was asked for.")
-            make = ReasonerSettings().maker(vector.spec.name)
+            make = self._asking.maker(vector.spec.name)
             self.reasoners = [make() for _ in range(len(rows))]
             self._asked = [(-1, -1)] * len(rows)
 
@@ -238,7 +239,7 @@ class OffPolicyAgent(Agent):
     @property
     def make_reasoner(self) -> MakeReasoner | None:
         """Who speaks while a seed's policy acts: of anchors that are weighted by a reasoner's word, that one."""
-        return ReasonerSettings().maker(self.vector.spec.name) if self._weighted else None
+        return self._asking.maker(self.vector.spec.name) if self._weighted else None
 
     def _rngs(self, decision: int) -> RowGenerators:
         return RowGenerators(

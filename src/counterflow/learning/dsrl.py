@@ -38,9 +38,11 @@ from counterflow.learning.sac import (
     SACLearner,
     actor_loss,
     aggregated,
+    backed_up,
     cloning_loss,
     squash,
     temperature_loss,
+    within,
 )
 from counterflow.policies.stacked import StackedMLP
 from counterflow.steering.anchors import Judged, Select, choose
@@ -107,8 +109,7 @@ def action_critic_loss(
         seen = batch.next_observations
         executed = decode(seen.flatten(0, 1), latent.flatten(0, 1), rest.flatten(0, 1)).view(*seen.shape[:2], -1)
         following = aggregated(target.ensemble(torch.cat([seen, executed], -1))[..., 0].float(), config, draws.order)
-        if config.entropy_backup:
-            following = following - temperature[:, None] * density
+        following = backed_up(following, temperature, density, config)
         wanted = batch.rewards + batch.discounts * following
     values = critic.ensemble(torch.cat([batch.observations, batch.executed], -1))[..., 0].float()
     return (values - wanted[:, None]).square().mean((1, 2)), {"value": values.mean((1, 2))}
@@ -307,7 +308,8 @@ class AnchorsLearner(SACLearner[DSRLConfig]):
             following = self.networks["target_critic"].ensemble(
                 self.looked_at(batch.next_observations, batch.next_actions, batch.next_executed)
             )
-            wanted = batch.rewards + batch.discounts * aggregated(following[..., 0].float(), self.config, draws.order)
+            next_values = aggregated(following[..., 0].float(), self.config, draws.order)
+            wanted = batch.rewards + batch.discounts * within(next_values, self.config)
         values = self.networks["critic"].ensemble(self.looked_at(batch.observations, batch.actions, batch.executed))[
             ..., 0
         ]

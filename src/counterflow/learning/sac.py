@@ -65,6 +65,8 @@ class SACConfig:
         subset: how many of them, drawn anew in every update, an aggregate is of; 0: all.
         aggregation: of the critics' values: "min" or "mean".
         entropy_backup: whether the entropy is part of the critics' target.
+        lowest_value: what a value can't be below, for example 0 where rewards are 0 and 1; targets take over none below it.
+        highest_value: what it can't be above.
         initial_std: of the actor's Gaussian at the start: with 1 a latent begins as near N(0, 1) as its bound lets it; that of a
             residual, whose bound is below 1, is in units of its bound.
         initial_temperature: alpha at the start.
@@ -103,6 +105,8 @@ class SACConfig:
     subset: int = 0
     aggregation: Literal["min", "mean"] = "min"
     entropy_backup: bool = True
+    lowest_value: float | None = None
+    highest_value: float | None = None
     initial_std: float = 1.0
     initial_temperature: float = 1.0
     learn_temperature: bool = True
@@ -133,6 +137,13 @@ class SACConfig:
             if getattr(self, name) not in known:
                 raise UnknownNameError(name, str(getattr(self, name)), known)
         check_name("activation", self.activation, Activation)
+        bounds = (self.lowest_value, self.highest_value)
+        if bounds != (None, None) and self.entropy_backup:
+            raise InvalidInputError(
+                f"values are said to lie within {bounds}, and the entropy is part of them; expected entropy_backup=false."
+            )
+        if None not in bounds and not self.lowest_value < self.highest_value:  # type: ignore[operator]
+            raise InvalidInputError(f"values are said to lie within {bounds}; expected the lower one first.")
         self.mix()
 
     def mix(self) -> Mix:
@@ -238,6 +249,27 @@ Judge = Callable[[Tensor, Tensor], Tensor]
 """What critics look at: (observations (S, B, F), actions (S, B, D)) -> (S, B, I)."""
 
 
+def backed_up(following: Tensor, temperature: Tensor, density: Tensor, config: SACConfig) -> Tensor:
+    """Return what targets take over of the next values (S, B): with the entropy, or within what values can be.
+
+    Args:
+        following: (S, B) aggregated values.
+        temperature: (S,).
+        density: (S, B) log-densities of the actions that they are of.
+        config: the settings.
+    """
+    if config.entropy_backup:
+        return following - temperature[:, None] * density
+    return within(following, config)
+
+
+def within(values: Tensor, config: SACConfig) -> Tensor:
+    """Return values clipped to what they can be, as far as that is known."""
+    if config.lowest_value is None and config.highest_value is None:
+        return values
+    return values.clamp(config.lowest_value, config.highest_value)
+
+
 def critic_loss(
     critic: StackedMLP,
     target: StackedMLP,
@@ -255,8 +287,7 @@ def critic_loss(
         following = aggregated(
             target.ensemble(judge(batch.next_observations, action))[..., 0].float(), config, draws.order
         )
-        if config.entropy_backup:
-            following = following - temperature[:, None] * density
+        following = backed_up(following, temperature, density, config)
         wanted = batch.rewards + batch.discounts * following
     values = critic.ensemble(judge(batch.observations, batch.actions))[..., 0].float()
     return (values - wanted[:, None]).square().mean((1, 2)), {"value": values.mean((1, 2))}
