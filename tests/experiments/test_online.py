@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import counterflow.experiments.online as module
 import counterflow.experiments.online_agents as agents
@@ -34,6 +35,7 @@ from counterflow.experiments.online_data import anchors_of, corrections, prefill
 from counterflow.experiments.online_settings import OnlineRun, online_preset
 from counterflow.experiments.record import arrays_of
 from counterflow.experiments.rollout import run_episodes
+from counterflow.experiments.steering_env import RewardKind
 from counterflow.learning.dsbc import DSBCConfig
 from counterflow.learning.dsrl import DSRLConfig
 from counterflow.learning.residual import ResidualConfig
@@ -216,6 +218,30 @@ def test_a_reasoner_that_remembers_goes_on_too(
         kill(monkeypatch, turn, partial(train, name, out, settings, config=config))
         train(name, out, settings, config=config)
         assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (out / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("reward", "bounds"), [("success", (0.0, 1.0)), ("cost", (-1 / (1 - 0.99**5), 0.0)), ("dense", (None, None))]
+)
+def test_values_are_kept_within_what_the_reward_allows(
+    reward: RewardKind, bounds: tuple[float | None, float | None]
+) -> None:
+    config, settings = online_preset("dsrl", "small")
+    assert isinstance(config, DSRLConfig)
+    found = replace(settings, reward=reward).bounded(config, 5)
+    assert (found.lowest_value, found.highest_value) == pytest.approx(bounds)
+    own = replace(config, highest_value=0.5)
+    assert settings.bounded(own, 5) is own
+    with_entropy = replace(config, entropy_backup=True)
+    assert settings.bounded(with_entropy, 5) is with_entropy
+    assert replace(settings, clip_values=False).bounded(config, 5) is config
+
+
+def test_a_run_says_within_what_values_were_kept(world: None, tmp_path: Path) -> None:
+    config = replace(CONFIGS["dsrl"], entropy_backup=False)
+    train("dsrl", tmp_path / "run", replace(RUN, clip_values=True, reward="success", decisions=8), config=config)
+    kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (kept["lowest_value"], kept["highest_value"]) == (0.0, 1.0)
 
 
 def test_a_reasoner_may_err(world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,6 +177,8 @@ def train_online(
     _check_sources(algorithm, prefill_from, noise_policy, record_to)
     device = as_device(device)
     prior = load_prior(env, policy, str(device))
+    loose = settings.space(algorithm, prior)
+    config = settings.bounded(config, loose.executed)
     content = {
         "algorithm": algorithm,
         "env": env,
@@ -190,7 +192,6 @@ def train_online(
         **asdict(config),
     }
     with Run(run, content) as folder:
-        loose = settings.space(algorithm, prior)
         data = None
         if prefill_from is not None:
             first = settings.first or None

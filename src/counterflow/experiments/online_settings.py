@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
 from counterflow.checks import SHARE, check_name, check_numbers
 from counterflow.errors import InvalidInputError, UnknownNameError
-from counterflow.experiments.steering_env import RewardKind
+from counterflow.experiments.steering_env import RewardKind, value_range
 from counterflow.learning.dsrl import DSRLConfig, Variant
 from counterflow.learning.residual import ResidualConfig
 from counterflow.learning.rfs import RFSConfig
@@ -35,6 +35,7 @@ class OnlineRun:
         decisions: chunks of each seed in all.
         num_envs: environments of each seed.
         reward: "cost", "success" or "dense", see `SteeredRows`.
+        clip_values: keep what critics learn within what this reward allows, where the entropy is no part of it.
         steps: K, denoising steps.
         bound: the noise bound; 0: chosen from the noises of prefilled successes, 1.5 without any. RFS has none: its latents
             begin as the prior's own.
@@ -65,6 +66,7 @@ class OnlineRun:
     decisions: int = 5_000
     num_envs: int = 4
     reward: RewardKind = "cost"
+    clip_values: bool = False
     steps: int = 5
     bound: float = 0.0
     latent: LatentKind = "full"
@@ -96,6 +98,20 @@ class OnlineRun:
                 "no residual bound was given; expected one number, or one for each action dimension."
             )
         LatentShape(self.latent, self.rank, self.rest)
+
+    def bounded(self, config: Config, horizon: int) -> Config:
+        """Return an algorithm's settings with the range of values that this run's reward allows, if it is to be kept.
+
+        Args:
+            config: of the algorithm; bounds that it has already stay.
+            horizon: executed steps of a chunk.
+        """
+        if not self.clip_values or isinstance(config, RFSConfig) or config.entropy_backup:
+            return config
+        if (config.lowest_value, config.highest_value) != (None, None):
+            return config
+        low, high = value_range(self.reward, config.discount, horizon)
+        return replace(config, lowest_value=low, highest_value=high)
 
     def space(self, algorithm: str, policy: BasePolicy, noises: Tensor | None = None) -> SteeringSpace:
         """Return the actions of an algorithm.
@@ -130,8 +146,6 @@ SMALL_SAC: dict[str, Any] = {
     "success_share": 0.25,
     "prefilled_share": 0.25,
     "entropy_backup": False,
-    "lowest_value": 0.0,
-    "highest_value": 1.0,
     "initial_temperature": 0.01,
     "warmup": 200,
 }
@@ -187,7 +201,11 @@ def online_preset(algorithm: str, name: PresetName, variant: Variant = "sac") ->
         raise UnknownNameError("variant", str(variant), PAPER_DSRL)
     chosen = SMALL[algorithm] if name == "small" else PAPER_DSRL[variant] if algorithm == "dsrl" else PAPER[algorithm]
     own, run = chosen
-    common = {"reward": "success"} if name == "small" else {"decisions": PAPER_DECISIONS, "evaluate_every": 5_000}
+    common: dict[str, Any] = (
+        {"reward": "success", "clip_values": True}
+        if name == "small"
+        else {"decisions": PAPER_DECISIONS, "evaluate_every": 5_000}
+    )
     if algorithm == "dsrl":
         own = {**own, "variant": variant}
     return CONFIGS[algorithm](**own), OnlineRun(**{**common, **run})

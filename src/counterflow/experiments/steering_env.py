@@ -36,6 +36,21 @@ RewardKind = Literal["success", "cost", "dense"]
 Array = npt.NDArray[np.float32]
 
 
+def value_range(reward: RewardKind, discount: float, horizon: int) -> tuple[float | None, float | None]:
+    """Return the least and the greatest return that a reward allows; None where that isn't known.
+
+    Args:
+        reward: see `SteeredRows`.
+        discount: gamma of an environment step.
+        horizon: executed steps of a chunk.
+    """
+    if reward == "success":
+        return 0.0, 1.0
+    if reward == "cost":
+        return (-1 / (1 - discount**horizon) if discount < 1 else None), 0.0
+    return None, None
+
+
 @dataclass(frozen=True)
 class Step:
     """What came of one chunk on every row.
