@@ -46,6 +46,8 @@ WORKS = ("ogbench/cube-single-task2", "ogbench/cube-single-task4", "ogbench/cube
 # With a reasoner that is always right FRS solves nearly every episode, and nothing is left to learn: here one direction in four
 # is wrong, in what is recorded, in what FRS is measured with, and wherever a learner asks.
 ERRING = ReasonerSettings(error=0.25)
+# A bound of 2, the preset's, cuts a quarter of all numbers of the noises of steered successes on cube-single task 2.
+SHOWN_BOUND = 4.0
 # FRS hardly works: with so many wrong directions, on tasks that plain DSRL does not solve in the budget either.
 HARDLY = ("ogbench/cube-single-task2", "ogbench/cube-single-task4", "ogbench/cube-single-task5")
 DEGRADED = ReasonerSettings(error=0.5)
@@ -63,7 +65,7 @@ LEARNED_FROM: dict[str, tuple[float, CriticSees]] = {
     "value 2.5 (TD3+BC's), executed action": (2.5, "executed"),
 }
 BOUNDS = (0.5, 1.0, 1.5, 2.0, 3.0)
-DECISIONS = 2_000
+DECISIONS = 1_500
 EVALUATIONS = 5  # of a run
 
 
@@ -209,32 +211,14 @@ def works(job: Job) -> None:
     """Run all online algorithms where FRS works."""
     for task in job.tasks(WORKS):
         steered, base = recording(task, "frs", ROLLOUTS, ERRING), recording(task, "base", ROLLOUTS)
+        shown, asking = {"bound": SHOWN_BOUND}, {"bound": SHOWN_BOUND, "reasoner_error": ERRING.error}
+        both, anchors = online_preset("dsrl", "small"), plain_dsrl("anchors")
         trained(job, "works", "residual", task, "residual", online_preset("residual", "small"), base)
         trained(job, "works", "DSRL", task, "dsrl", plain_dsrl())
-        trained(job, "works", "DSRL + FRS", task, "dsrl", online_preset("dsrl", "small"), steered)
-        trained(
-            job,
-            "works",
-            "DSRL + FRS, kept in action",
-            task,
-            "dsrl",
-            online_preset("dsrl", "small"),
-            steered,
-            keep_steering=True,
-            reasoner_error=ERRING.error,
-        )
-        trained(job, "works", "anchors + critic", task, "dsrl", plain_dsrl("anchors"), steered)
-        trained(
-            job,
-            "works",
-            "anchors + critic, reasoner",
-            task,
-            "dsrl",
-            plain_dsrl("anchors"),
-            steered,
-            reasoner=True,
-            reasoner_error=ERRING.error,
-        )
+        trained(job, "works", "DSRL + FRS", task, "dsrl", both, steered, **shown)
+        trained(job, "works", "DSRL + FRS, kept in action", task, "dsrl", both, steered, keep_steering=True, **asking)
+        trained(job, "works", "anchors + critic", task, "dsrl", anchors, steered, **shown)
+        trained(job, "works", "anchors + critic, reasoner", task, "dsrl", anchors, steered, reasoner=True, **asking)
 
 
 def hardly(job: Job) -> None:
@@ -243,9 +227,8 @@ def hardly(job: Job) -> None:
         one = recording(task, "frs", 1, DEGRADED)
         if task not in WORKS:  # where the same run is asked for
             trained(job, "hardly", "DSRL", task, "dsrl", plain_dsrl())
-        trained(
-            job, "hardly", "DSRL + FRS", task, "dsrl", online_preset("dsrl", "small"), one, successes_only=True, first=1
-        )
+        both, changes = online_preset("dsrl", "small"), {"bound": SHOWN_BOUND, "successes_only": True, "first": 1}
+        trained(job, "hardly", "DSRL + FRS", task, "dsrl", both, one, **changes)
 
 
 def rfs(job: Job) -> None:
