@@ -257,6 +257,36 @@ def test_an_actor_begins_as_an_imitation() -> None:
     assert learner.step == 0
 
 
+def test_an_imitation_keeps_a_deviation() -> None:
+    learner = make("dsrl", [0], **FAST)
+    seen = torch.randn(64, 3)
+    learner.imitate(seen, LIMITS * torch.tanh(seen[:, :2]), 400)
+    spread = parameters(learner.networks["actor"](seen[None]))[1].exp()
+    assert spread.mean().item() == pytest.approx(0.3, abs=0.05)
+
+
+@pytest.mark.parametrize("kind", ["sac", "dsrl", "aliasing"])
+def test_an_actor_may_wait_for_the_critics(kind: str) -> None:
+    learner, replay = make(kind, [0], actor_delay=4), filled()
+    actor, critic = (learner.networks[name].weights[0] for name in ("actor", "critic"))
+    first, judged, alpha = actor.clone(), critic.clone(), learner.temperature.clone()
+    learner.update(replay, 4)
+    assert torch.equal(actor, first)
+    assert torch.equal(learner.temperature, alpha)
+    assert not torch.equal(critic, judged)
+    learner.update(replay, 1)
+    assert not torch.equal(actor, first)
+    assert not torch.equal(learner.temperature, alpha)
+
+
+def test_an_actor_that_waits_imitates_meanwhile() -> None:
+    learner = make("dsrl", [0], bc_weight=1.0, actor_delay=100)
+    actor = learner.networks["actor"].weights[0]
+    first = actor.clone()
+    learner.update(filled(prefilled=True), 2)
+    assert not torch.equal(actor, first)
+
+
 def test_candidates_are_chosen_by_their_worth_and_by_the_reasoners_word() -> None:
     latents = torch.stack([LIMITS * share for share in (-0.5, 0.0, 0.5)]).expand(1, 4, 3, 2)
     scores = torch.tensor([0.0, 0.2, 0.1]).expand(1, 4, 3)

@@ -239,9 +239,10 @@ class AliasingLearner(SACLearner[DSRLConfig]):
             config,
             self.limits,
         )
-        total, numbers = acting, {"actor_loss": acting, "entropy": -density.mean(1)}
+        numbers = {"actor_loss": acting, "entropy": -density.mean(1)}
         if config.learn_temperature:
-            total = total + temperature_loss(self.log_temperature, density, self.target_entropy)
+            acting = acting + temperature_loss(self.log_temperature, density, self.target_entropy)
+        total = self.listening * acting
         if config.bc_weight:
             copying = cloning_loss(networks["actor"], shown, acted, self.limits)
             total, numbers["bc_loss"] = total + cloning * copying, copying

@@ -39,6 +39,9 @@ MIDDLE = math.atanh(2 * -LOG_STD[0] / (LOG_STD[1] - LOG_STD[0]) - 1)
 FIRST = 0.01
 """How much of its usual size an actor's last layer begins with. One that begins sure of itself gives the first labels so small a
 density that their gradients fill the optimiser's memory for thousands of updates."""
+IMITATED_STD = 0.3
+"""The deviation, before the squashing, with which an actor begins that imitates. Left to the likelihood it vanishes, since
+what is imitated says one action for a state, and then every recorded action that differs is a catastrophe to it."""
 Losses = tuple[Tensor, dict[str, Tensor]]
 """The loss of every seed (S,), and what is worth watching, each (S,)."""
 
@@ -67,6 +70,8 @@ class SACConfig:
         entropy_backup: whether the entropy is part of the critics' target.
         lowest_value: what a value can't be below, for example 0 where rewards are 0 and 1; targets take over none below it.
         highest_value: what it can't be above.
+        actor_delay: updates before the actor (and the temperature) follow the critics, which know nothing yet; until then it
+            imitates, where there is something to imitate (`bc_weight`).
         initial_std: of the actor's Gaussian at the start: with 1 a latent begins as near N(0, 1) as its bound lets it; that of a
             residual, whose bound is below 1, is in units of its bound.
         initial_temperature: alpha at the start.
@@ -107,6 +112,7 @@ class SACConfig:
     entropy_backup: bool = True
     lowest_value: float | None = None
     highest_value: float | None = None
+    actor_delay: int = 0
     initial_std: float = 1.0
     initial_temperature: float = 1.0
     learn_temperature: bool = True
@@ -123,7 +129,7 @@ class SACConfig:
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        check_numbers(self, or_zero=("warmup", "subset", "bc_decay", "imitation", "ramp"))
+        check_numbers(self, or_zero=("warmup", "subset", "actor_delay", "bc_decay", "imitation", "ramp"))
         RATE.check_all(
             self, "discount", "learning_rate", "actor_learning_rate", "temperature_learning_rate", "target_rate"
         )
@@ -346,6 +352,7 @@ class SACLearner(Resumable, Generic[Config]):
         self.sizes, self.config, self.seeds = sizes, config, tuple(check_seed(seed) for seed in seeds)
         self.device, self.step = as_device(device), 0
         self.limits = sizes.limits.to(self.device)
+        self.listening = torch.ones((), device=self.device)  # 0 while the actor does not follow the critics yet
         entropy = config.target_entropy
         self.target_entropy = -sizes.action / 2 if entropy is None else entropy
         self.networks = self.build()
@@ -466,9 +473,9 @@ class SACLearner(Resumable, Generic[Config]):
             critic, actor, temperature, self.judge, batch.observations, draws, self.config, self.limits
         )
         numbers |= {"critic_loss": judging, "actor_loss": acting, "entropy": -density.mean(1)}
-        total = judging + acting
         if self.config.learn_temperature:
-            total = total + temperature_loss(self.log_temperature, density, self.target_entropy)
+            acting = acting + temperature_loss(self.log_temperature, density, self.target_entropy)
+        total = judging + self.listening * acting
         if self.config.bc_weight:
             copying = cloning_loss(actor, shown, acted, self.limits)
             total, numbers["bc_loss"] = total + cloning * copying, copying
@@ -509,7 +516,8 @@ class SACLearner(Resumable, Generic[Config]):
         }  # the next step's graph writes over them
 
     def begin_step(self) -> None:
-        """Let go of what the last step's graphs hold."""
+        """Let go of what the last step's graphs hold; say whether the actor follows the critics."""
+        self.listening.fill_(float(self.step >= self.config.actor_delay))
         if self.compiled and self.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
 
@@ -534,7 +542,7 @@ class SACLearner(Resumable, Generic[Config]):
         return squash(outputs, torch.stack(noise), self.limits)[0]
 
     def imitate(self, observations: Tensor, actions: Tensor, updates: int) -> Tensor:
-        """Begin the actors as imitations of given actions; return the last loss (S,).
+        """Begin the actors as imitations of given actions, with a deviation of `IMITATED_STD`; return the last loss (S,).
 
         Args:
             observations: (N, F).
@@ -548,7 +556,10 @@ class SACLearner(Resumable, Generic[Config]):
                 for rng in self._rngs
             ]
             chosen = torch.stack(rows)
-            losses = cloning_loss(self.networks["actor"], observations[chosen], actions[chosen], self.limits)
+            mean, log_std = parameters(self.networks["actor"](observations[chosen]))
+            wanted = torch.atanh((actions[chosen] / self.limits).clamp(-INSIDE, INSIDE))
+            errors = 0.5 * ((mean - wanted) / IMITATED_STD).square() + (log_std - math.log(IMITATED_STD)).square()
+            losses = errors.mean((1, 2))
             self.optimise(losses)
         return losses.detach()
 
