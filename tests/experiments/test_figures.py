@@ -83,6 +83,18 @@ def test_a_curve_goes_through_its_points(tmp_path: Path, drawn: list[Figure]) ->
     )
 
 
+def test_settings_that_lie_too_near_get_round_numbers(tmp_path: Path, drawn: list[Figure]) -> None:
+    half = SuccessRate(1, 2)
+    success_curve(
+        {"frs": {1499.0: half, 7491.0: half}, "base": {1500.0: half, 7474.0: half}}, tmp_path / "x.png", xlabel=""
+    )
+    success_curve({"frs": {1499.0: half, 7491.0: half}}, tmp_path / "y.png", xlabel="")
+    round_ones, own = ([text.get_text() for text in axes(figure).get_xticklabels()] for figure in drawn)
+    assert "4,500" in round_ones
+    assert "1,499" not in round_ones
+    assert own == ["1499", "7491"]
+
+
 def test_the_analysis_shows_the_means(tmp_path: Path, drawn: list[Figure]) -> None:
     values = np.array([[3.0, 5.0], [1.0, 2.0]])
     reversal_analysis([3, 10], values, values * 10, tmp_path / "x.png")

@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from counterflow.errors import InvalidInputError
 from counterflow.experiments.statistics import Rate, SuccessRate
@@ -51,6 +51,7 @@ _LINE: Mapping[str, Any] = {
     "solid_capstyle": "round",
 }
 _AGAIN: Mapping[str, Any] = {"marker": "s", "linestyle": (0, (5, 1.2))}  # a second line of one colour
+_NEAR = 0.04  # of an axis: labels that are nearer to each other than that are written over each other
 _HATCHED: Mapping[str, Any] = {"hatch": "////", "edgecolor": PAPER}
 _LEVEL: Mapping[str, Any] = {"linewidth": 1.5, "linestyle": (0, (4, 2.5))}
 _BACK: Mapping[str, Any] = {"linewidth": 1.3, "linestyle": (0, (3, 1.6)), "marker": "o", "markersize": 2.4}
@@ -499,6 +500,12 @@ def _percent_axis(axes: Axes) -> None:
 
 
 def _ticks_at(axes: Axes, settings: Sequence[float]) -> None:
+    """Label every setting; where they lie too near each other, round numbers."""
+    nearest = min((after - before for before, after in itertools.pairwise(settings)), default=math.inf)
+    if axes.get_xscale() == "linear" and nearest < _NEAR * (settings[-1] - settings[0]):
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        return
     axes.set_xticks(settings, [f"{setting:g}" for setting in settings])
     axes.set_xticks([], minor=True)
 
