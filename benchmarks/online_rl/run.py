@@ -64,6 +64,14 @@ LEARNED_FROM: dict[str, tuple[float, CriticSees]] = {
     "value 0.01, both": (0.01, "both"),
     "value 2.5 (TD3+BC's), executed action": (2.5, "executed"),
 }
+METHODS = (
+    "DSRL",
+    "residual",
+    "DSRL + FRS",
+    "DSRL + FRS, kept in action",
+    "anchors + critic",
+    "anchors + critic, reasoner",
+)
 BOUNDS = (0.5, 1.0, 1.5, 2.0, 3.0)
 DECISIONS = 1_500
 EVALUATIONS = 5  # of a run
@@ -357,6 +365,22 @@ def report() -> None:
                 steps, rate = list(curve(content).items())[-1]
                 lines.append(f"| {task} | {label} | {cell(rate)} | {steps:,.0f} | {content['ledger']['seconds']:.0f} |")
         write_between(HERE / "README.md", stage, COMMAND, "\n".join(lines))
+        if stage == "works":
+            write_between(HERE.parents[1] / "README.md", "rl", COMMAND, summary(found))
+
+
+def summary(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Return success at the end, a row a task, for the project's README."""
+    rows = {
+        task: levels_of(task, "works")
+        | {label: list(curve(content).values())[-1] for label, content in methods.items()}
+        for task, methods in found.items()
+    }
+    labels = [one for one in ("base", "FRS", "DSBC", *METHODS) if any(one in row for row in rows.values())]
+    lines = ["| task | " + " | ".join(labels) + " |", "| --- |" + " ---: |" * len(labels)]
+    for task, row in rows.items():
+        lines.append(f"| {task} | " + " | ".join(cell(row[one]) if one in row else "" for one in labels) + " |")
+    return "\n".join(lines)
 
 
 def report_offline() -> None:
