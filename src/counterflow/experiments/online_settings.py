@@ -135,8 +135,8 @@ class OnlineRun:
 PresetName = Literal["small", "paper"]
 
 # Two cores, state observations: networks of 256, four critics, a sparse reward. Values are below 1, and the entropy of 25 numbers
-# is not: with it in the critics' target and a temperature of 0.1 values are all entropy for the first 15,000 updates, and
-# nothing is learned before (cube-single task 2 from twenty steered rollouts: 0% after 1,000 decisions; 73% after 400 without).
+# is not: with it in the critics' target and a temperature of 0.1 values are all entropy for the first 15,000 updates
+# (benchmarks/online_rl/README.md, "What settings cost").
 SMALL_SAC: dict[str, Any] = {
     "width": 256,
     "depth": 2,
