@@ -49,8 +49,9 @@ ERRING = ReasonerSettings(error=0.25)
 # A bound of 2, the preset's, cuts a quarter of all numbers of the noises of steered successes on cube-single task 2.
 SHOWN_BOUND = 4.0
 # FRS hardly works: with so many wrong directions, on tasks that plain DSRL does not solve in the budget either.
-HARDLY = ("ogbench/cube-single-task2", "ogbench/cube-single-task4", "ogbench/cube-single-task5")
-DEGRADED = ReasonerSettings(error=0.5)
+HARDLY = ("ogbench/cube-single-task4", "ogbench/cube-single-task5")
+DEGRADED = ReasonerSettings(error=0.6)
+ONE_TAUGHT = "DSBC, one success"
 SWEPT = "ogbench/cube-single-task4"
 ROLLOUTS = 20
 CORRECTED = 30  # episodes with an expert at hand
@@ -68,6 +69,7 @@ METHODS = (
     "DSRL",
     "residual",
     "DSRL + FRS",
+    "DSRL + FRS, recorded noises",
     "DSRL + FRS, kept in action",
     "anchors + critic",
     "anchors + critic, reasoner",
@@ -144,6 +146,15 @@ def recording(task: str, method: str, successes: int, reasoner: ReasonerSettings
     return out
 
 
+def distilled(task: str, *, one: bool = False) -> Path:
+    """Return the noise policy of a task's steered successes, or of a single one with the worse reasoner, made if it is missing."""
+    policy = DATA / "policies" / f"{short(task)}{'-one' if one else ''}.safetensors"
+    if not policy.exists():
+        source = recording(task, "frs", 1, DEGRADED) if one else recording(task, "frs", ROLLOUTS, ERRING)
+        distill([source], policy)
+    return policy
+
+
 def trained(
     job: Job,
     stage: str,
@@ -152,6 +163,7 @@ def trained(
     algorithm: str,
     preset: tuple[Config, OnlineRun],
     data: Path | None = None,
+    noise_policy: Path | None = None,
     **changes: Any,
 ) -> None:
     """Train what is missing and keep its curves."""
@@ -175,7 +187,17 @@ def trained(
         if progress.decision % (arguments.decisions // EVALUATIONS) == 0:
             job.console.log(f"  {progress.decision}: training {progress.recent}, evaluation {progress.success}")
 
-    train_online(algorithm, task, out, config, settings, prefill_from=data, seeds=arguments.seeds, on_progress=show)
+    train_online(
+        algorithm,
+        task,
+        out,
+        config,
+        settings,
+        prefill_from=data,
+        noise_policy=noise_policy,
+        seeds=arguments.seeds,
+        on_progress=show,
+    )
     content = json.loads((out / "results.json").read_text())
     write_json(kept, {"label": label, "task": task, "start": json.loads((out / "start.json").read_text()), **content})
 
@@ -193,7 +215,8 @@ def references(job: Job) -> None:
     for task in job.tasks(tuple(dict.fromkeys((*WORKS, *HARDLY)))):
         path = RESULTS / "references" / f"{short(task)}.json"
         found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-        wanted = ["base", *(["FRS", "DSBC"] if task in WORKS else []), *(["FRS, degraded"] if task in HARDLY else [])]
+        wanted = ["base", *(["FRS", "DSBC"] if task in WORKS else [])]
+        wanted += ["FRS, degraded", ONE_TAUGHT] if task in HARDLY else []
         missing = [name for name in wanted if name not in found]
         if not missing:
             continue
@@ -201,11 +224,8 @@ def references(job: Job) -> None:
         with open_env(task, episodes) as env:
             for name in missing:
                 job.console.log(f"references: {task}, {name}")
-                if name == "DSBC":
-                    policy = DATA / "policies" / f"{short(task)}.safetensors"
-                    if not policy.exists():
-                        distill([recording(task, "frs", ROLLOUTS, ERRING)], policy)
-                    learned = ChunkRegressor.load(policy)
+                if name.startswith("DSBC"):
+                    learned = ChunkRegressor.load(distilled(task, one=name == ONE_TAUGHT))
                     result = evaluate(env, prior, "dsbc", episodes, 0, learned=learned)
                 else:
                     reasoner = DEGRADED if name == "FRS, degraded" else ERRING
@@ -219,12 +239,31 @@ def works(job: Job) -> None:
     """Run all online algorithms where FRS works."""
     for task in job.tasks(WORKS):
         steered, base = recording(task, "frs", ROLLOUTS, ERRING), recording(task, "base", ROLLOUTS)
+        shown: dict[str, Any]
+        asking: dict[str, Any]
         shown, asking = {"bound": SHOWN_BOUND}, {"bound": SHOWN_BOUND, "reasoner_error": ERRING.error}
-        both, anchors = online_preset("dsrl", "small"), plain_dsrl("anchors")
+        recorded, both, anchors = (
+            online_preset("dsrl", "small"),
+            online_preset("dsrl", "small", taught=True),
+            plain_dsrl("anchors"),
+        )
+        shown_by = distilled(task)
         trained(job, "works", "residual", task, "residual", online_preset("residual", "small"), base)
         trained(job, "works", "DSRL", task, "dsrl", plain_dsrl())
-        trained(job, "works", "DSRL + FRS", task, "dsrl", both, steered, **shown)
-        trained(job, "works", "DSRL + FRS, kept in action", task, "dsrl", both, steered, keep_steering=True, **asking)
+        trained(job, "works", "DSRL + FRS", task, "dsrl", both, steered, shown_by, **shown)
+        trained(job, "works", "DSRL + FRS, recorded noises", task, "dsrl", recorded, steered, **shown)
+        trained(
+            job,
+            "works",
+            "DSRL + FRS, kept in action",
+            task,
+            "dsrl",
+            both,
+            steered,
+            shown_by,
+            keep_steering=True,
+            **asking,
+        )
         trained(job, "works", "anchors + critic", task, "dsrl", anchors, steered, **shown)
         trained(job, "works", "anchors + critic, reasoner", task, "dsrl", anchors, steered, reasoner=True, **asking)
 
@@ -235,8 +274,9 @@ def hardly(job: Job) -> None:
         one = recording(task, "frs", 1, DEGRADED)
         if task not in WORKS:  # where the same run is asked for
             trained(job, "hardly", "DSRL", task, "dsrl", plain_dsrl())
-        both, changes = online_preset("dsrl", "small"), {"bound": SHOWN_BOUND, "successes_only": True, "first": 1}
-        trained(job, "hardly", "DSRL + FRS", task, "dsrl", both, one, **changes)
+        both = online_preset("dsrl", "small", taught=True)
+        changes: dict[str, Any] = {"bound": SHOWN_BOUND, "successes_only": True, "first": 1}
+        trained(job, "hardly", "DSRL + FRS", task, "dsrl", both, one, distilled(task, one=True), **changes)
 
 
 def rfs(job: Job) -> None:
@@ -411,7 +451,7 @@ def levels_of(task: str, stage: str) -> dict[str, SuccessRate]:
     if not path.exists():
         return {}
     found = json.loads(path.read_text())
-    names = {"works": ("base", "FRS", "DSBC"), "hardly": ("base", "FRS, degraded")}.get(stage, ("base",))
+    names = {"works": ("base", "FRS", "DSBC"), "hardly": ("base", "FRS, degraded", ONE_TAUGHT)}.get(stage, ("base",))
     return {name: SuccessRate(found[name]["successes"], found[name]["episodes"]) for name in names if name in found}
 
 

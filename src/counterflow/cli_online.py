@@ -99,7 +99,7 @@ class TrainDSRL(OnlineOptions):
     prefill: Path | None = None
     """A folder of 'counterflow record', whose episodes the replay begins with."""
     noise_policy: Path | None = None
-    """What 'counterflow distill' wrote: the actor begins as an imitation of it (with --prefill)."""
+    """What 'counterflow distill' wrote: the actor begins as an imitation of it, and stays near (with --prefill)."""
     bound: float | None = None
     """The largest latent; default: the preset's; 0: chosen from the recorded successes' noises."""
     latent: Literal["full", "low_rank", "repeated"] | None = None
@@ -109,7 +109,7 @@ class TrainDSRL(OnlineOptions):
         """Train."""
         given = {"bound": self.bound, "latent": self.latent}
         run = [f"{name}={value}" for name, value in given.items() if value is not None]
-        preset = online_preset("dsrl", self.preset, self.variant)
+        preset = online_preset("dsrl", self.preset, self.variant, taught=self.noise_policy is not None)
         self.train(console, "dsrl", preset, self.prefill, self.noise_policy, run)
 
 

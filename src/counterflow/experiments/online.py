@@ -284,6 +284,7 @@ class _Training:
     def go(self, on_progress: Callable[[OnlineProgress], None] | None) -> OnlineTrained:
         settings, folder, agent = self.settings, self.folder, self.agent
         state = folder.load_state()
+        self._teach()
         if state is not None:
             self._restore(state)
         else:
@@ -523,23 +524,29 @@ class _Training:
         self.rows.resume(state["loop.episodes"].tolist(), history, before)
         self.rows.evaluations = 0
 
-    def _imitate(self) -> None:
-        """Begin DSRL's actors as imitations of a noise policy, in the states that are there."""
-        regressor, agent = self.imitated, self.agent
+    def _teach(self) -> None:
+        """Let DSRL's learner know the noise policy that its actors imitate."""
+        regressor, agent, latent = self.imitated, self.agent, self.space.latent
         if regressor is None or not isinstance(agent, OffPolicyAgent) or not isinstance(self.config, DSRLConfig):
             return
         regressor.binding.check(
             binding_of(self.space.policy, self.space.steps, self.space.solver), "the noise policy to begin from"
         )
-        if "actor" not in agent.learner.networks or self.data is None or not self.config.imitation:
+        if "actor" not in agent.learner.networks or self.data is None:
             raise MismatchError(
                 "a noise policy was given to begin from, and there is no actor that could imitate it, or no states to do so in. "
                 "Use variant sac or aliasing, and prefill with the recordings that it was distilled from."
             )
-        shown = self.data.recorded.observations.to(agent.device)
-        with torch.no_grad():
-            latents = self.space.latent.project(regressor(shown)).flatten(1)
-        agent.learner.imitate(shown, latents, self.config.imitation)
+        agent.learner.teacher = lambda shown: latent.project(regressor(shown)).flatten(1)
+
+    def _imitate(self) -> None:
+        """Begin DSRL's actors as imitations of a noise policy, in the states that are there."""
+        agent, data = self.agent, self.data
+        if not isinstance(agent, OffPolicyAgent) or agent.learner.teacher is None or data is None:
+            return
+        assert isinstance(self.config, DSRLConfig)
+        shown = data.recorded.observations.to(agent.device)
+        agent.learner.imitate(shown, self.config.imitation)
 
     def _check_start(self) -> None:
         """Compare the steered start with the base policy, and warn where it is worse; write down what the bound cuts off."""

@@ -168,7 +168,7 @@ class OffPolicyAgent(Agent):
         shown = rows.shown.to(self.device).unflatten(0, (seeds, streams))
         if isinstance(self.learner, AnchorsLearner):
             return self._choose(rows, shown, decision).flatten(0, 1)
-        if decision < self.config.warmup:
+        if decision < self.config.warmup and self.learner.teacher is None:
             return self._as_the_base(decision).flatten(0, 1)
         actions = self.learner.act(shown)
         if isinstance(self.config, ResidualConfig):

@@ -149,6 +149,9 @@ SMALL_SAC: dict[str, Any] = {
     "initial_temperature": 0.01,
     "warmup": 200,
 }
+# Where there is a noise policy, it is imitated wherever the replay has been, by actors that follow the critics once these know
+# something: an actor that begins as one and only remembers some hundred recorded noises has lost it within twenty updates.
+TAUGHT: dict[str, Any] = {"bc_from": "teacher", "bc_batch": 128, "actor_delay": 1_000, "warmup": 40}
 SMALL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dsrl": ({**SMALL_SAC, "bc_weight": 0.5, "distill_steps": 4}, {"bound": 2.0}),
     "residual": (SMALL_SAC, {"residual_bound": (0.3,)}),
@@ -183,13 +186,17 @@ PAPER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 PAPER_DECISIONS = 50_000
 
 
-def online_preset(algorithm: str, name: PresetName, variant: Variant = "sac") -> tuple[Config, OnlineRun]:
+def online_preset(
+    algorithm: str, name: PresetName, variant: Variant = "sac", *, taught: bool = False
+) -> tuple[Config, OnlineRun]:
     """Return an algorithm's settings, and its run's.
 
     Args:
         algorithm: "dsrl", "residual" or "rfs".
         name: "small" (two cores) or "paper" (the released settings).
         variant: of DSRL.
+        taught: whether there is a noise policy for DSRL's actor to imitate; makes a difference to "small" alone, the released
+            code has none.
 
     Raises:
         UnknownNameError: no such algorithm, preset or variant.
@@ -207,5 +214,5 @@ def online_preset(algorithm: str, name: PresetName, variant: Variant = "sac") ->
         else {"decisions": PAPER_DECISIONS, "evaluate_every": 5_000}
     )
     if algorithm == "dsrl":
-        own = {**own, "variant": variant}
+        own = {**own, "variant": variant, **(TAUGHT if taught and name == "small" else {})}
     return CONFIGS[algorithm](**own), OnlineRun(**{**common, **run})

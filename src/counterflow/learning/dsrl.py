@@ -39,7 +39,6 @@ from counterflow.learning.sac import (
     actor_loss,
     aggregated,
     backed_up,
-    cloning_loss,
     squash,
     temperature_loss,
     within,
@@ -244,7 +243,7 @@ class AliasingLearner(SACLearner[DSRLConfig]):
             acting = acting + temperature_loss(self.log_temperature, density, self.target_entropy)
         total = self.listening * acting
         if config.bc_weight:
-            copying = cloning_loss(networks["actor"], shown, acted, self.limits)
+            copying = self.copying_loss(shown, acted)
             total, numbers["bc_loss"] = total + cloning * copying, copying
         return total, numbers
 

@@ -40,8 +40,9 @@ FIRST = 0.01
 """How much of its usual size an actor's last layer begins with. One that begins sure of itself gives the first labels so small a
 density that their gradients fill the optimiser's memory for thousands of updates."""
 IMITATED_STD = 0.3
-"""The deviation, before the squashing, with which an actor begins that imitates. Left to the likelihood it vanishes, since
-what is imitated says one action for a state, and then every recorded action that differs is a catastrophe to it."""
+"""The deviation, in units of the action (of its limits, where these are below 1), with which an actor begins that imitates. Left
+to the likelihood it vanishes, since what is imitated says one action for a state, and then every recorded action that differs is
+a catastrophe to it. Of noises, whose prior has 1, this much costs a noise policy little."""
 Losses = tuple[Tensor, dict[str, Tensor]]
 """The loss of every seed (S,), and what is worth watching, each (S,)."""
 
@@ -77,14 +78,16 @@ class SACConfig:
         initial_temperature: alpha at the start.
         learn_temperature: False keeps it there.
         temperature_floor: the temperature never falls below (noise aliasing dips when it does too early).
-        target_entropy: of the whole action; None: minus half its size.
+        target_entropy: of the whole action; None: minus half its size, or that of the teacher's law where there is one.
         prefilled_share: of a batch, from prefilled decisions.
         success_share: of a batch, from successful episodes.
         bc_weight: lambda of -log pi, divided by how many numbers an action has, over the actions of successful episodes; added to
             the actor's loss.
         bc_batch: examples of it in an update.
         bc_decay: updates over which its weight falls to nothing; 0: it stays.
-        bc_from: "prefilled" episodes alone, or "all".
+        bc_from: whose actions: of successful episodes that were "prefilled", of "all" successful ones, or what a "teacher" says
+            wherever the replay has been (`SACLearner.teacher`); then the term is the divergence of the actor from the teacher's
+            law, its answer with a deviation of `IMITATED_STD`.
         precision: of the networks' arithmetic.
         compile: whether to compile losses and gradients.
 
@@ -123,7 +126,7 @@ class SACConfig:
     bc_weight: float = 0.0
     bc_batch: int = 16
     bc_decay: int = 0
-    bc_from: Literal["prefilled", "all"] = "prefilled"
+    bc_from: Literal["prefilled", "all", "teacher"] = "prefilled"
     precision: Precision = "float32"
     compile: bool = True
 
@@ -139,7 +142,7 @@ class SACConfig:
             raise InvalidInputError(
                 f"subset is {self.subset} of {self.members} members; expected no more than there are."
             )
-        for name, known in (("aggregation", ("min", "mean")), ("bc_from", ("prefilled", "all"))):
+        for name, known in (("aggregation", ("min", "mean")), ("bc_from", ("prefilled", "all", "teacher"))):
             if getattr(self, name) not in known:
                 raise UnknownNameError(name, str(getattr(self, name)), known)
         check_name("activation", self.activation, Activation)
@@ -325,6 +328,31 @@ def cloning_loss(actor: StackedMLP, observations: Tensor, actions: Tensor, limit
     return -log_density(actor(observations), actions, limits).mean(1) / actions.shape[-1]
 
 
+def imitated_std(limits: Tensor) -> Tensor:
+    """Return the deviation (D,), before the squashing, of an actor that imitates."""
+    return IMITATED_STD / limits.clamp_min(1)
+
+
+def divergence_loss(actor: StackedMLP, observations: Tensor, actions: Tensor, limits: Tensor) -> Tensor:
+    """Return KL(teacher || pi), a number of the action at a time, for every seed (S,).
+
+    The teacher's law is, before the squashing, a Gaussian around its answers with a deviation of `imitated_std`: in expectation
+    over it this is `cloning_loss`, up to a constant, without its noise.
+
+    Args:
+        actor: the policy.
+        observations: (S, B, F).
+        actions: (S, B, D) what the teacher says there.
+        limits: (D,).
+    """
+    mean, log_std = parameters(actor(observations))
+    wanted, std = torch.atanh((actions / limits).clamp(-INSIDE, INSIDE)), imitated_std(limits)
+    ratio = (std.square() + (mean - wanted).square()) / (2 * log_std).exp()
+    return (log_std - std.log() + 0.5 * (ratio - 1)).mean((1, 2))
+
+
+Teacher = Callable[[Tensor], Tensor]
+"""What an actor imitates: observations (N, F) -> actions (N, D)."""
 Config = TypeVar("Config", bound=SACConfig)
 Result = TypeVar("Result")
 
@@ -351,10 +379,10 @@ class SACLearner(Resumable, Generic[Config]):
             raise InvalidInputError(f"the seeds are {tuple(seeds)}; expected one or more different ones.")
         self.sizes, self.config, self.seeds = sizes, config, tuple(check_seed(seed) for seed in seeds)
         self.device, self.step = as_device(device), 0
+        self.teacher: Teacher | None = None
         self.limits = sizes.limits.to(self.device)
         self.listening = torch.ones((), device=self.device)  # 0 while the actor does not follow the critics yet
-        entropy = config.target_entropy
-        self.target_entropy = -sizes.action / 2 if entropy is None else entropy
+        self.target_entropy = self._default_entropy() if config.target_entropy is None else config.target_entropy
         self.networks = self.build()
         weights = [generator(child_seed(seed, "weights")) for seed in self.seeds]
         followed = {id(target) for _, target in self.following()}
@@ -387,6 +415,11 @@ class SACLearner(Resumable, Generic[Config]):
         self.precision = choose_precision(config.precision, self.device)
         self.compiled = config.compile and can_compile(self.device)
         self._loss = self._compiled(self._cast(self.loss))
+
+    def _default_entropy(self) -> float:
+        if self.config.bc_from != "teacher":
+            return -self.sizes.action / 2
+        return float((imitated_std(self.sizes.limits).log() + 0.5 * math.log(2 * math.pi * math.e)).sum())
 
     def _compiled(self, function: Callable[..., Result]) -> Callable[..., Result]:
         if not self.compiled:
@@ -477,9 +510,14 @@ class SACLearner(Resumable, Generic[Config]):
             acting = acting + temperature_loss(self.log_temperature, density, self.target_entropy)
         total = judging + self.listening * acting
         if self.config.bc_weight:
-            copying = cloning_loss(actor, shown, acted, self.limits)
+            copying = self.copying_loss(shown, acted)
             total, numbers["bc_loss"] = total + cloning * copying, copying
         return total, numbers
+
+    def copying_loss(self, shown: Tensor, acted: Tensor) -> Tensor:
+        """Return the loss (S,) of doing what was done, or what a teacher says, there."""
+        loss = divergence_loss if self.config.bc_from == "teacher" else cloning_loss
+        return loss(self.networks["actor"], shown, acted, self.limits)
 
     def update(self, replay: Replay, updates: int) -> dict[str, Tensor]:
         """Take several steps of every seed; return means of its numbers, each (S,), without waiting for the device.
@@ -493,7 +531,10 @@ class SACLearner(Resumable, Generic[Config]):
         for index in range(updates):
             batch = replay.gather(places[index], self.config.n_step)
             own = SACDraws(*(getattr(draws, one.name)[index] for one in dataclasses.fields(draws)))
-            if copied is None:
+            if self.config.bc_weight and self.config.bc_from == "teacher":
+                shown = batch.observations[:, : self.config.bc_batch]
+                acted = self._taught(shown)
+            elif copied is None:
                 shown, acted = batch.observations[:, :0], batch.actions[:, :0]
             else:
                 examples = replay.gather(copied[index])
@@ -541,15 +582,15 @@ class SACLearner(Resumable, Generic[Config]):
         noise = [torch.randn(shape, generator=rng, device=self.device) * float(explore) for rng in self._rngs]
         return squash(outputs, torch.stack(noise), self.limits)[0]
 
-    def imitate(self, observations: Tensor, actions: Tensor, updates: int) -> Tensor:
-        """Begin the actors as imitations of given actions, with a deviation of `IMITATED_STD`; return the last loss (S,).
+    def imitate(self, observations: Tensor, updates: int) -> Tensor:
+        """Begin the actors as imitations of the teacher, with a deviation of `imitated_std`; return the last loss (S,).
 
         Args:
-            observations: (N, F).
-            actions: (N, D), for example what a noise policy of DSBC says there.
+            observations: (N, F) where to.
             updates: steps of behaviour cloning.
         """
         losses = observations.new_zeros(len(self.seeds))
+        actions = self._taught(observations[None])[0]
         for _ in range(updates):
             rows = [
                 torch.randint(len(observations), (self.config.batch_size,), generator=rng, device=self.device)
@@ -557,16 +598,29 @@ class SACLearner(Resumable, Generic[Config]):
             ]
             chosen = torch.stack(rows)
             mean, log_std = parameters(self.networks["actor"](observations[chosen]))
-            wanted = torch.atanh((actions[chosen] / self.limits).clamp(-INSIDE, INSIDE))
-            errors = 0.5 * ((mean - wanted) / IMITATED_STD).square() + (log_std - math.log(IMITATED_STD)).square()
+            wanted, std = torch.atanh((actions[chosen] / self.limits).clamp(-INSIDE, INSIDE)), imitated_std(self.limits)
+            # the deviation's part as a square: where it is far off, that of the divergence would drown the mean's
+            errors = 0.5 * ((mean - wanted) / std).square() + (log_std - std.log()).square()
             losses = errors.mean((1, 2))
             self.optimise(losses)
         return losses.detach()
+
+    @torch.no_grad()
+    def _taught(self, observations: Tensor) -> Tensor:
+        """Return what the teacher says (S, C, D)."""
+        if self.teacher is None:
+            raise InvalidInputError(
+                "bc_from is 'teacher', and there is none; expected a noise policy to imitate. Give one, or use 'prefilled'."
+            )
+        said = self.teacher(observations.flatten(0, 1)).float()
+        return said.view(*observations.shape[:2], -1)
 
     def _copied(self, replay: Replay, updates: int) -> tuple[Tensor | None, Tensor]:
         """Draw the successes to imitate, (U, S, C), and say which seeds have any, (S,)."""
         if not self.config.bc_weight:
             return None, torch.zeros(len(self.seeds), device=self.device)
+        if self.config.bc_from == "teacher":
+            return None, torch.ones(len(self.seeds), device=self.device)
         return replay.draw_successes(
             self._rngs, updates, self.config.bc_batch, prefilled_only=self.config.bc_from == "prefilled"
         )
