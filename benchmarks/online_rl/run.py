@@ -147,7 +147,7 @@ def recording(task: str, method: str, successes: int, reasoner: ReasonerSettings
 
 
 def distilled(task: str, *, one: bool = False) -> Path:
-    """Return the noise policy of a task's steered successes, or of a single one with the worse reasoner, made if it is missing."""
+    """Return the noise policy of a task's steered successes, or of one with the worse reasoner, made if it is missing."""
     policy = DATA / "policies" / f"{short(task)}{'-one' if one else ''}.safetensors"
     if not policy.exists():
         source = recording(task, "frs", 1, DEGRADED) if one else recording(task, "frs", ROLLOUTS, ERRING)

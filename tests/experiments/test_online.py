@@ -45,6 +45,7 @@ from counterflow.random import child_seed, generator
 from counterflow.reasoners import Direction, to_reference
 from counterflow.steering import (
     AnchorsCritic,
+    ChunkRegressor,
     LatentShape,
     MethodSettings,
     Proposals,
@@ -374,6 +375,67 @@ class TestRecording:
             train("dsrl", tmp_path / "run", prefill_from=path, record_to=tmp_path / "data" / ".")
         with pytest.raises(MismatchError, match="another way of denoising"):
             train("dsrl", tmp_path / "other", replace(RUN, steps=4), record_to=path)
+
+
+class TestTaught:
+    """A noise policy at hand: actors begin as it and imitate it wherever the replay has been."""
+
+    CONFIG = replace(CONFIGS["dsrl"], bc_weight=0.5, bc_from="teacher", bc_batch=8, actor_delay=20, imitation=1000)
+    SETTINGS = replace(RUN, bound=3.0)
+
+    @pytest.fixture
+    def sources(self, prior: FlowPolicy, plane: Any, tmp_path: Path) -> dict[str, Path]:
+        """Recordings, and what was distilled from them: a noise of 2 everywhere."""
+        data, out = recorded(tmp_path / "data", prior, plane), tmp_path / "taught.safetensors"
+        distill([data], out, DSBCConfig(RegressorConfig(members=2, width=16, depth=1), steps=200, batch_size=16))
+        return {"prefill_from": data, "noise_policy": out}
+
+    def test_its_actors_begin_as_the_noise_policy(
+        self, world: None, prior: FlowPolicy, plane: Any, sources: dict[str, Path], tmp_path: Path
+    ) -> None:
+        said: list[torch.Tensor] = []
+        acted: list[torch.Tensor] = []
+        regressor = ChunkRegressor.load(sources["noise_policy"])
+
+        def seen(self: Any, rows: Any, decision: int) -> torch.Tensor:
+            said.append(regressor(rows.shown).detach().flatten(1))
+            acted.append(original(self, rows, decision))
+            return acted[-1]
+
+        original = agents.OffPolicyAgent.act
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(agents.OffPolicyAgent, "act", seen)
+            train("dsrl", tmp_path / "run", replace(self.SETTINGS, decisions=24), config=self.CONFIG, **sources)
+        told, early = torch.cat(said[:4]), torch.cat(acted[:4])  # of the warm-up; untaught actors draw from the prior there
+        assert told.mean().item() > 0.8
+        assert (early - told).mean().item() == pytest.approx(0, abs=0.2)
+        assert 0.1 < (early - told).std().item() < 0.6
+
+    def test_one_that_was_killed_goes_on_with_the_same_numbers(
+        self, world: None, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run = partial(train, "dsrl", settings=self.SETTINGS, config=self.CONFIG, **sources)
+        run(out=tmp_path / "whole")
+        kill(monkeypatch, 18, lambda: run(out=tmp_path / "killed"))
+        assert 0 < run(out=tmp_path / "killed").decisions_done < 48
+        assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (tmp_path / "killed" / "metrics.jsonl").read_text()
+
+    def test_where_it_is_of_no_use(self, world: None, sources: dict[str, Path], tmp_path: Path) -> None:
+        with pytest.raises(MismatchError, match="no actor that could imitate it"):
+            train("anchors", tmp_path / "anchors", self.SETTINGS, **sources)
+        with pytest.raises(MismatchError, match="no states to do so in"):
+            train("dsrl", tmp_path / "alone", self.SETTINGS, noise_policy=sources["noise_policy"])
+        with pytest.raises(MismatchError, match="noise policy to begin from"):
+            train("dsrl", tmp_path / "steps", replace(self.SETTINGS, steps=4), noise_policy=sources["noise_policy"])
+        with pytest.raises(InvalidInputError, match="of no use to residual"):
+            train("residual", tmp_path / "residual", noise_policy=sources["noise_policy"])
+
+    def test_the_small_preset_imitates_it(self) -> None:
+        config, _ = online_preset("dsrl", "small", taught=True)
+        assert isinstance(config, DSRLConfig)
+        assert config.bc_from == "teacher"
+        assert config.actor_delay > 0
+        assert online_preset("dsrl", "paper", taught=True) == online_preset("dsrl", "paper")
 
 
 def test_evaluation_changes_nothing(world: None, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
+from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution, kl_divergence
 
 from counterflow.data import Recorded, Replay
 from counterflow.data.replay import ReplayBatch
@@ -19,11 +19,13 @@ from counterflow.errors import CheckpointError, InvalidInputError, UnknownNameEr
 from counterflow.learning.bc import can_compile
 from counterflow.learning.dsrl import AliasingLearner, AnchorsLearner, DSRLConfig, DSRLLearner, noise_critic_loss
 from counterflow.learning.sac import (
+    IMITATED_STD,
     INSIDE,
     ActionSizes,
     SACConfig,
     SACLearner,
     aggregated,
+    divergence_loss,
     log_density,
     parameters,
     squash,
@@ -246,23 +248,69 @@ def test_a_latent_begins_as_near_the_prior_as_its_bound_lets_it(bound: float, ex
     assert (drawn[..., 1].std() / 0.3).item() == pytest.approx(torch.tanh(noise).std().item(), rel=0.03)
 
 
+def teacher(observations: Tensor) -> Tensor:
+    """A noise policy."""
+    return LIMITS * torch.tanh(observations[:, :2])
+
+
+def taught(kind: str = "dsrl", seeds: list[int] | None = None, **changes: Any) -> SACLearner:
+    learner = make(kind, seeds or [0], **{**FAST, **changes})
+    learner.teacher = teacher
+    return learner
+
+
 def test_an_actor_begins_as_an_imitation() -> None:
-    learner = make("dsrl", [0, 1], **FAST)
+    learner = taught(seeds=[0, 1])
     seen = torch.randn(64, 3)
-    wanted = LIMITS * torch.tanh(seen[:, :2])
-    first = learner.imitate(seen, wanted, 1)
-    last = learner.imitate(seen, wanted, 200)
+    first = learner.imitate(seen, 1)
+    last = learner.imitate(seen, 200)
     assert (last < first - 0.5).all()
-    assert (learner.act(seen.expand(2, -1, -1), explore=False) - wanted).abs().mean() < 0.25
+    assert (learner.act(seen.expand(2, -1, -1), explore=False) - teacher(seen)).abs().mean() < 0.25
     assert learner.step == 0
 
 
 def test_an_imitation_keeps_a_deviation() -> None:
-    learner = make("dsrl", [0], **FAST)
+    learner = taught()
     seen = torch.randn(64, 3)
-    learner.imitate(seen, LIMITS * torch.tanh(seen[:, :2]), 400)
-    spread = parameters(learner.networks["actor"](seen[None]))[1].exp()
-    assert spread.mean().item() == pytest.approx(0.3, abs=0.05)
+    learner.imitate(seen, 400)
+    spread = parameters(learner.networks["actor"](seen[None]))[1].exp().mean((0, 1))
+    torch.testing.assert_close(spread, torch.tensor([IMITATED_STD / 1.5, IMITATED_STD]), atol=0.04, rtol=0)
+
+
+def test_the_divergence_from_a_teacher_is_torchs() -> None:
+    actor = StackedMLP(3, 4, 2, 8, 1)
+    seen = torch.randn(2, 5, 3)
+    said = 0.9 * LIMITS * (2 * torch.rand(2, 5, 2) - 1)
+    mean, log_std = parameters(actor(seen))
+    wanted = Normal(torch.atanh(said / LIMITS), torch.tensor([IMITATED_STD / 1.5, IMITATED_STD]))
+    expected = kl_divergence(wanted, Normal(mean, log_std.exp())).mean((1, 2))
+    torch.testing.assert_close(divergence_loss(actor, seen, said, LIMITS), expected)
+    assert torch.isfinite(divergence_loss(actor, seen, 9 * LIMITS.expand(2, 5, 2), LIMITS)).all()
+
+
+@pytest.mark.parametrize("kind", ["dsrl", "aliasing"])
+def test_a_taught_actor_stays_near_its_teacher_as_long_as_the_weight_says(kind: str) -> None:
+    seen, far = torch.randn(256, 3), {}
+    for weight in (0.01, 30.0):
+        learner = taught(kind, bc_weight=weight, bc_from="teacher", bc_batch=32, distill_steps=1)
+        learner.imitate(seen, 200)
+        learner.update(filled(), 150)
+        far[weight] = (learner.act(seen[None], explore=False) - teacher(seen)).abs().mean().item()
+    assert far[30.0] < 0.2
+    assert far[0.01] > 2 * far[30.0]
+
+
+def test_the_entropy_that_is_aimed_at_is_the_teachers() -> None:
+    law = Normal(torch.zeros(2), torch.tensor([IMITATED_STD / 1.5, IMITATED_STD]))
+    assert make("dsrl", [0], bc_from="teacher").target_entropy == pytest.approx(law.entropy().sum().item(), abs=1e-5)
+    assert make("dsrl", [0], bc_from="teacher", target_entropy=-7.0).target_entropy == -7
+    assert make("dsrl", [0]).target_entropy == -1
+
+
+def test_a_teacher_that_is_missing_is_named() -> None:
+    learner = make("dsrl", [0], bc_weight=1.0, bc_from="teacher")
+    with pytest.raises(InvalidInputError, match="there is none"):
+        learner.update(filled(), 1)
 
 
 @pytest.mark.parametrize("kind", ["sac", "dsrl", "aliasing"])
