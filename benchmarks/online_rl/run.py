@@ -250,7 +250,7 @@ def works(job: Job) -> None:
         shown_by = distilled(task)
         trained(job, "works", "residual", task, "residual", online_preset("residual", "small"), base)
         trained(job, "works", "DSRL", task, "dsrl", plain_dsrl())
-        trained(job, "works", "DSRL + FRS", task, "dsrl", both, steered, shown_by, **shown)
+        trained(job, "works", "DSRL + FRS", task, "dsrl", both, steered, shown_by)
         trained(job, "works", "DSRL + FRS, recorded noises", task, "dsrl", recorded, steered, **shown)
         trained(
             job,
@@ -275,7 +275,7 @@ def hardly(job: Job) -> None:
         if task not in WORKS:  # where the same run is asked for
             trained(job, "hardly", "DSRL", task, "dsrl", plain_dsrl())
         both = online_preset("dsrl", "small", taught=True)
-        changes: dict[str, Any] = {"bound": SHOWN_BOUND, "successes_only": True, "first": 1}
+        changes: dict[str, Any] = {"successes_only": True, "first": 1}
         trained(job, "hardly", "DSRL + FRS", task, "dsrl", both, one, distilled(task, one=True), **changes)
 
 

@@ -151,7 +151,9 @@ SMALL_SAC: dict[str, Any] = {
 }
 # Where there is a noise policy, it is imitated wherever the replay has been, by actors that follow the critics once these know
 # something: an actor that begins as one and only remembers some hundred recorded noises has lost it within twenty updates.
+# Its noises lie within 3 (`RegressorConfig.bound`).
 TAUGHT: dict[str, Any] = {"bc_from": "teacher", "bc_batch": 128, "actor_delay": 1_000, "warmup": 40}
+TAUGHT_RUN: dict[str, Any] = {"bound": 4.0}
 SMALL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dsrl": ({**SMALL_SAC, "bc_weight": 0.5, "distill_steps": 4}, {"bound": 2.0}),
     "residual": (SMALL_SAC, {"residual_bound": (0.3,)}),
@@ -214,5 +216,7 @@ def online_preset(
         else {"decisions": PAPER_DECISIONS, "evaluate_every": 5_000}
     )
     if algorithm == "dsrl":
-        own = {**own, "variant": variant, **(TAUGHT if taught and name == "small" else {})}
+        own = {**own, "variant": variant}
+        if taught and name == "small":
+            own, run = {**own, **TAUGHT}, {**run, **TAUGHT_RUN}
     return CONFIGS[algorithm](**own), OnlineRun(**{**common, **run})

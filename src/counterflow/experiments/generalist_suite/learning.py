@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from counterflow.experiments.generalist_suite.steering import steered_successes
+from counterflow.experiments.generalist_suite.steering import distilled, steered_successes
 from counterflow.experiments.generalist_suite.suite import Suite, slug
 from counterflow.experiments.online import OnlineProgress, train_online
 from counterflow.experiments.online_settings import Config, OnlineRun, online_preset
@@ -20,22 +20,23 @@ from counterflow.steering import MethodSettings
 
 def reinforcement(suite: Suite) -> None:
     """Learn online where FRS works (from its successes), and where it hardly does (from one)."""
-    settings = suite.settings
+    settings, preset = suite.settings, online_preset("dsrl", "small", taught=True)
     for task in suite.working()[: settings.works]:
         alone = _alone(suite, task)
         _learn(suite, "works", task, "residual", "residual", online_preset("residual", "small"), alone)
         _learn(suite, "works", task, "DSRL", "dsrl", _plain_dsrl())
         steered = steered_successes(suite, task, settings.successes)
         if steered is not None:
-            _learn(suite, "works", task, "DSRL + FRS", "dsrl", online_preset("dsrl", "small"), steered)
+            taught = distilled(suite, steered, settings.successes)
+            _learn(suite, "works", task, "DSRL + FRS", "dsrl", preset, steered, taught)
     for task in suite.hardest():
         alone = _alone(suite, task)
         _learn(suite, "hard", task, "residual", "residual", online_preset("residual", "small"), alone)
         _learn(suite, "hard", task, "DSRL", "dsrl", _plain_dsrl())
         one = steered_successes(suite, task, 1, "one")
         if one is not None:
-            preset = online_preset("dsrl", "small")
-            _learn(suite, "hard", task, "DSRL + FRS", "dsrl", preset, one, successes_only=True, first=1)
+            taught = distilled(suite, one, 1)
+            _learn(suite, "hard", task, "DSRL + FRS", "dsrl", preset, one, taught, successes_only=True, first=1)
 
 
 def _alone(suite: Suite, task: str) -> Path:
@@ -72,6 +73,7 @@ def _learn(
     algorithm: str,
     preset: tuple[Config, OnlineRun],
     data: Path | None = None,
+    noise_policy: Path | None = None,
     **changes: Any,
 ) -> None:
     """Train what is missing and keep its curves."""
@@ -108,6 +110,7 @@ def _learn(
         config,
         run,
         prefill_from=data,
+        noise_policy=noise_policy,
         policy=suite.policy,
         seeds=settings.learning_seeds,
         device=settings.device,

@@ -19,6 +19,7 @@ from counterflow.steering import RegressorConfig
 
 DSBC = DSBCConfig()
 BC = replace(DSBC, regressor=RegressorConfig(target="action", bound=None))
+DISTILLED = {"bc": BC, "dsbc": DSBC}
 MOST_TRIES = 100  # episodes in which one success of a hard task is looked for
 
 
@@ -99,13 +100,26 @@ def distillation(suite: Suite) -> None:
             continue
         found = suite.contenders()
         contenders = [found["base"], found["frs"]]
-        for method, config in (("bc", BC), ("dsbc", DSBC)):
-            out = suite.data / "distilled" / f"{rollouts.name}-{settings.successes}-{method}.safetensors"
-            if not out.exists():
-                out.parent.mkdir(parents=True, exist_ok=True)
-                distill([rollouts], out, config, first=settings.successes, seed=settings.seed)
-            contenders.append(Contender(method, method, learned=str(out)))
+        for method in DISTILLED:
+            learned = distilled(suite, rollouts, settings.successes, method)
+            contenders.append(Contender(method, method, learned=str(learned)))
         suite.evaluate("distillation", task, contenders)
+
+
+def distilled(suite: Suite, rollouts: Path, successes: int, method: str = "dsbc") -> Path:
+    """Return what was distilled from the first so many successes of a recording, made if it is missing.
+
+    Args:
+        suite: the chain.
+        rollouts: the recording.
+        successes: how many of it.
+        method: "dsbc" or "bc".
+    """
+    out = suite.data / "distilled" / f"{rollouts.name}-{successes}-{method}.safetensors"
+    if not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        distill([rollouts], out, DISTILLED[method], first=successes, seed=suite.settings.seed)
+    return out
 
 
 def guidance(suite: Suite) -> None:
