@@ -48,9 +48,13 @@ WORKS = ("ogbench/cube-single-task2", "ogbench/cube-single-task4", "ogbench/cube
 ERRING = ReasonerSettings(error=0.25)
 # A bound of 2, the preset's, cuts a quarter of all numbers of the noises of steered successes on cube-single task 2.
 SHOWN_BOUND = 4.0
-# FRS hardly works: with so many wrong directions, on tasks that plain DSRL does not solve in the budget either.
-HARDLY = ("ogbench/cube-single-task4", "ogbench/cube-single-task5")
-DEGRADED = ReasonerSettings(error=0.6)
+# FRS hardly works: with so many wrong directions it solves at most one episode in ten, on tasks that plain DSRL does not solve
+# in the budget either. With three of five wrong no episode of 150 on task 5 succeeded: there is no one success to begin with.
+DEGRADED = {
+    "ogbench/cube-single-task4": ReasonerSettings(error=0.55),
+    "ogbench/cube-single-task5": ReasonerSettings(error=0.5),
+}
+HARDLY = tuple(DEGRADED)
 ONE_TAUGHT = "DSBC, one success"
 SWEPT = "ogbench/cube-single-task4"
 ROLLOUTS = 20
@@ -150,7 +154,7 @@ def distilled(task: str, *, one: bool = False) -> Path:
     """Return the noise policy of a task's steered successes, or of one with the worse reasoner, made if it is missing."""
     policy = DATA / "policies" / f"{short(task)}{'-one' if one else ''}.safetensors"
     if not policy.exists():
-        source = recording(task, "frs", 1, DEGRADED) if one else recording(task, "frs", ROLLOUTS, ERRING)
+        source = recording(task, "frs", 1, DEGRADED[task]) if one else recording(task, "frs", ROLLOUTS, ERRING)
         distill([source], policy)
     return policy
 
@@ -228,7 +232,7 @@ def references(job: Job) -> None:
                     learned = ChunkRegressor.load(distilled(task, one=name == ONE_TAUGHT))
                     result = evaluate(env, prior, "dsbc", episodes, 0, learned=learned)
                 else:
-                    reasoner = DEGRADED if name == "FRS, degraded" else ERRING
+                    reasoner = DEGRADED[task] if name == "FRS, degraded" else ERRING
                     result = evaluate(env, prior, "base" if name == "base" else "frs", episodes, 0, reasoner=reasoner)
                 content = result.to_json()
                 found[name] = {key: content[key] for key in content if key != "outcomes"}
@@ -271,7 +275,7 @@ def works(job: Job) -> None:
 def hardly(job: Job) -> None:
     """Run DSRL alone, and from one success."""
     for task in job.tasks(HARDLY):
-        one = recording(task, "frs", 1, DEGRADED)
+        one = recording(task, "frs", 1, DEGRADED[task])
         if task not in WORKS:  # where the same run is asked for
             trained(job, "hardly", "DSRL", task, "dsrl", plain_dsrl())
         both = online_preset("dsrl", "small", taught=True)
