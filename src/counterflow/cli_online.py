@@ -99,7 +99,7 @@ class TrainDSRL(OnlineOptions):
     prefill: Path | None = None
     """A folder of 'counterflow record', whose episodes the replay begins with."""
     noise_policy: Path | None = None
-    """What 'counterflow distill' wrote: the actor begins as an imitation of it, and stays near (with --prefill)."""
+    """What 'counterflow distill' wrote: the actor begins as its imitation, and with preset small stays near (needs --prefill)."""
     bound: float | None = None
     """The largest latent; default: the preset's; 0: chosen from the recorded successes' noises."""
     latent: Literal["full", "low_rank", "repeated"] | None = None

@@ -406,7 +406,10 @@ class TestTaught:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(agents.OffPolicyAgent, "act", seen)
             train("dsrl", tmp_path / "run", replace(self.SETTINGS, decisions=24), config=self.CONFIG, **sources)
-        told, early = torch.cat(said[:4]), torch.cat(acted[:4])  # of the warm-up; untaught actors draw from the prior there
+        told, early = (
+            torch.cat(said[:4]),
+            torch.cat(acted[:4]),
+        )  # of the warm-up; untaught actors draw from the prior there
         assert told.mean().item() > 0.8
         assert (early - told).mean().item() == pytest.approx(0, abs=0.2)
         assert 0.1 < (early - told).std().item() < 0.6
@@ -421,14 +424,62 @@ class TestTaught:
         assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (tmp_path / "killed" / "metrics.jsonl").read_text()
 
     def test_where_it_is_of_no_use(self, world: None, sources: dict[str, Path], tmp_path: Path) -> None:
+        """Said before anything is begun: the mended call may use the same folder."""
+        out, run = tmp_path / "run", replace(self.SETTINGS, decisions=8, episodes=0)
         with pytest.raises(MismatchError, match="no actor that could imitate it"):
-            train("anchors", tmp_path / "anchors", self.SETTINGS, **sources)
+            train("anchors", out, run, **sources)
         with pytest.raises(MismatchError, match="no states to do so in"):
-            train("dsrl", tmp_path / "alone", self.SETTINGS, noise_policy=sources["noise_policy"])
+            train("dsrl", out, run, noise_policy=sources["noise_policy"])
         with pytest.raises(MismatchError, match="noise policy to begin from"):
-            train("dsrl", tmp_path / "steps", replace(self.SETTINGS, steps=4), noise_policy=sources["noise_policy"])
+            train("dsrl", out, replace(run, steps=4), **sources)
         with pytest.raises(InvalidInputError, match="of no use to residual"):
-            train("residual", tmp_path / "residual", noise_policy=sources["noise_policy"])
+            train("residual", out, noise_policy=sources["noise_policy"])
+        with pytest.raises(InvalidInputError, match="nothing imitates it"):
+            train("dsrl", out, run, config=replace(CONFIGS["dsrl"], imitation=0), **sources)
+        for name in ("dsrl", "residual"):
+            with pytest.raises(InvalidInputError, match="there is none"):
+                train(name, out, run, config=replace(CONFIGS[name], bc_from="teacher"))
+        assert train("dsrl", out, run, config=self.CONFIG, **sources).decisions_done == 8
+
+    @pytest.mark.parametrize("changes", [{"target": "action", "bound": None}, {"inputs": "observation"}])
+    def test_another_kind_of_network_is_refused(
+        self, changes: dict[str, Any], world: None, sources: dict[str, Path], tmp_path: Path
+    ) -> None:
+        other = tmp_path / "other.safetensors"
+        small = RegressorConfig(members=2, width=8, depth=1, **changes)
+        distill([sources["prefill_from"]], other, DSBCConfig(small, steps=20, batch_size=16))
+        with pytest.raises(MismatchError, match="expected a noise for the frozen policy's features"):
+            train("dsrl", tmp_path / "run", self.SETTINGS, config=self.CONFIG, **{**sources, "noise_policy": other})
+
+    def test_another_noise_policy_in_its_place_is_noticed(
+        self, world: None, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run = partial(train, "dsrl", tmp_path / "run", self.SETTINGS, config=self.CONFIG, **sources)
+        kill(monkeypatch, 18, run)
+        small = RegressorConfig(members=2, width=8, depth=1)
+        distill([sources["prefill_from"]], sources["noise_policy"], DSBCConfig(small, steps=20, batch_size=16))
+        with pytest.raises(TrainingError, match="noise_policy_fingerprint"):
+            run()
+
+    def test_a_reasoner_is_not_asked_in_the_warm_up(
+        self, world: None, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nor is it when a run goes on, or it would have been asked less often than before."""
+        monkeypatch.setattr(ReasonerSettings, "maker", lambda self, env: Alternating)
+        settings = replace(self.SETTINGS, checkpoint_every=2, decisions=32, episodes=0, keep_steering=True)
+        config = replace(self.CONFIG, warmup=10)
+        train("dsrl", tmp_path / "whole", settings, config=config, **sources)
+        kill(monkeypatch, 8, lambda: train("dsrl", tmp_path / "killed", settings, config=config, **sources))
+        train("dsrl", tmp_path / "killed", settings, config=config, **sources)
+        assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (tmp_path / "killed" / "metrics.jsonl").read_text()
+
+    def test_its_start_is_that_of_the_imitation(self, world: None, sources: dict[str, Path], tmp_path: Path) -> None:
+        settings = replace(self.SETTINGS, start_episodes=8, decisions=8, episodes=0)
+        rates = {}
+        for name, config, given in (("taught", self.CONFIG, sources), ("alone", CONFIGS["dsrl"], {})):
+            train("dsrl", tmp_path / name, settings, config=config, **given)
+            rates[name] = json.loads((tmp_path / name / "start.json").read_text())["start"]["success_rate"]
+        assert rates["taught"] > rates["alone"]
 
     def test_the_small_preset_imitates_it(self) -> None:
         config, _ = online_preset("dsrl", "small", taught=True)

@@ -307,6 +307,16 @@ def test_the_entropy_that_is_aimed_at_is_the_teachers() -> None:
     assert make("dsrl", [0]).target_entropy == -1
 
 
+@pytest.mark.parametrize(
+    ("asked", "expected"), [(4, [0, 2, 4, 6]), (8, list(range(8))), (3, [0, 2, 4]), (99, list(range(8)))]
+)
+def test_what_a_teacher_is_asked_about_is_spread_over_the_batch(asked: int, expected: list[int]) -> None:
+    """Its prefilled decisions lie before those of the learner itself."""
+    learner = make("dsrl", [0], bc_weight=1.0, bc_from="teacher", bc_batch=asked)
+    rows = torch.arange(8.0).expand(1, 3, 8).mT
+    assert learner._some(rows)[0, :, 0].tolist() == expected
+
+
 def test_a_teacher_that_is_missing_is_named() -> None:
     learner = make("dsrl", [0], bc_weight=1.0, bc_from="teacher")
     with pytest.raises(InvalidInputError, match="there is none"):

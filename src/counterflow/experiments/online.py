@@ -45,6 +45,7 @@ from counterflow.experiments.steering_env import SteeredRows, Taken
 from counterflow.files import write_json
 from counterflow.learning.dsrl import DSRLConfig
 from counterflow.learning.rfs import RFSConfig
+from counterflow.learning.sac import SACLearner
 from counterflow.policies import as_device
 from counterflow.random import child_seed
 from counterflow.steering import (
@@ -149,7 +150,8 @@ def train_online(
         config: settings of the algorithm; None: its defaults.
         settings: of the run.
         prefill_from: a steering dataset, whose episodes the replay begins with (not for RFS).
-        noise_policy: what 'counterflow distill' wrote, of which DSRL's actor begins as an imitation.
+        noise_policy: what 'counterflow distill' wrote: DSRL's actor begins as its imitation, and goes on imitating it where the
+            settings say so (`bc_from="teacher"`). An intention that it has is not imitated.
         record_to: a steering dataset, made or added to, into which the episodes of the training go: latent, base action, executed
             action and intervention mask at every decision, and whether it succeeded. None: they are not kept.
         policy: the frozen policy; None: the shipped prior of the task's family.
@@ -174,11 +176,12 @@ def train_online(
             f"{algorithm} was given {type(config).__name__}; expected {CONFIGS[algorithm].__name__}."
         )
     settings = OnlineRun() if settings is None else settings
-    _check_sources(algorithm, prefill_from, noise_policy, record_to)
+    _check_sources(algorithm, config, prefill_from, noise_policy, record_to)
     device = as_device(device)
     prior = load_prior(env, policy, str(device))
     loose = settings.space(algorithm, prior)
     config = settings.bounded(config, loose.executed)
+    teacher = None if noise_policy is None else _teacher(noise_policy, loose, device)
     content = {
         "algorithm": algorithm,
         "env": env,
@@ -191,6 +194,8 @@ def train_online(
         "run": asdict(settings),
         **asdict(config),
     }
+    if teacher is not None:
+        content["noise_policy_fingerprint"] = teacher.fingerprint
     with Run(run, content) as folder:
         data = None
         if prefill_from is not None:
@@ -213,15 +218,14 @@ def train_online(
                 recording = open_ones.enter_context(Recording(record_to, loose, about, list(seeds), settings.num_envs))
             vector = open_ones.enter_context(make_env(env, settings.num_envs * len(seeds), workers=workers))
             training = _Training(
-                algorithm, vector, loose, folder, config, settings, list(seeds), device, data, recording
+                algorithm, vector, loose, folder, config, settings, list(seeds), device, data, recording, teacher
             )
-            if noise_policy is not None:
-                training.imitated = ChunkRegressor.load(noise_policy, device)
             return training.go(on_progress)
 
 
 def _check_sources(
     algorithm: str,
+    config: Config,
     prefill_from: Path | str | None,
     noise_policy: Path | str | None,
     record_to: Path | str | None,
@@ -237,6 +241,35 @@ def _check_sources(
         )
     if noise_policy is not None and algorithm != "dsrl":
         raise InvalidInputError(f"a noise policy is of no use to {algorithm}; it is what dsrl's actor can begin from.")
+    if noise_policy is None:
+        if not isinstance(config, RFSConfig) and config.bc_from == "teacher":
+            raise InvalidInputError(
+                "bc_from is 'teacher', and there is none. Give dsrl a noise policy, or use 'prefilled'."
+            )
+        return
+    assert isinstance(config, DSRLConfig)
+    if config.variant == "anchors" or prefill_from is None:
+        raise MismatchError(
+            "a noise policy was given to begin from, and there is no actor that could imitate it, or no states to do so in. "
+            "Use variant sac or aliasing, and prefill with the recordings that it was distilled from."
+        )
+    if not config.imitation and not (config.bc_from == "teacher" and config.bc_weight):
+        raise InvalidInputError(
+            "a noise policy was given, and nothing imitates it: expected imitation above 0, or bc_from 'teacher' with a weight."
+        )
+
+
+def _teacher(path: Path | str, space: SteeringSpace, device: torch.device) -> ChunkRegressor:
+    """Load the noise policy that actors imitate, and check that it says noises for what they see."""
+    regressor = ChunkRegressor.load(path, device)
+    regressor.binding.check(binding_of(space.policy, space.steps, space.solver), "the noise policy to begin from")
+    looked = regressor.config.target, regressor.config.inputs
+    if looked != ("noise", "features"):
+        raise MismatchError(
+            f"{path} says a {looked[0]} for the {looked[1]}; expected a noise for the frozen policy's features, which is what an "
+            "actor sees. Distil it with the defaults of 'counterflow distill'."
+        )
+    return regressor
 
 
 class _Training:
@@ -254,6 +287,7 @@ class _Training:
         device: torch.device,
         data: Prefilled | None,
         recording: Recording | None = None,
+        teacher: ChunkRegressor | None = None,
     ) -> None:
         self.algorithm, self.vector, self.space, self.folder = algorithm, vector, space, folder
         self.config, self.settings, self.seeds, self.data = config, settings, seeds, data
@@ -278,13 +312,14 @@ class _Training:
         self.recent: list[list[float]] = [[] for _ in seeds]
         self.steps_of = [0] * len(seeds)
         self.success: dict[int, float] = {}
-        self.imitated: ChunkRegressor | None = None
+        if teacher is not None and isinstance(self.agent, OffPolicyAgent):
+            latent = space.latent
+            self.agent.learner.teacher = lambda shown: latent.project(teacher(shown)).flatten(1)
         self.reported: list[dict[str, Tensor]] = []  # what was learned since the last report
 
     def go(self, on_progress: Callable[[OnlineProgress], None] | None) -> OnlineTrained:
         settings, folder, agent = self.settings, self.folder, self.agent
         state = folder.load_state()
-        self._teach()
         if state is not None:
             self._restore(state)
         else:
@@ -524,21 +559,6 @@ class _Training:
         self.rows.resume(state["loop.episodes"].tolist(), history, before)
         self.rows.evaluations = 0
 
-    def _teach(self) -> None:
-        """Let DSRL's learner know the noise policy that its actors imitate."""
-        regressor, agent, latent = self.imitated, self.agent, self.space.latent
-        if regressor is None or not isinstance(agent, OffPolicyAgent) or not isinstance(self.config, DSRLConfig):
-            return
-        regressor.binding.check(
-            binding_of(self.space.policy, self.space.steps, self.space.solver), "the noise policy to begin from"
-        )
-        if "actor" not in agent.learner.networks or self.data is None:
-            raise MismatchError(
-                "a noise policy was given to begin from, and there is no actor that could imitate it, or no states to do so in. "
-                "Use variant sac or aliasing, and prefill with the recordings that it was distilled from."
-            )
-        agent.learner.teacher = lambda shown: latent.project(regressor(shown)).flatten(1)
-
     def _imitate(self) -> None:
         """Begin DSRL's actors as imitations of a noise policy, in the states that are there."""
         agent, data = self.agent, self.data
@@ -557,10 +577,8 @@ class _Training:
             told["bound"] = describe_bound(space.bound, space.latent, noises)
         if settings.start_episodes:
             seeds = [child_seed(child_seed(0, "start"), index) for index in range(settings.start_episodes)]
-            policies = {
-                "base": SteeredPolicy(space.policy, steps=space.steps),
-                "start": starting(space, self.config, child_seed(0, "start", "residual")),
-            }
+            start, said, cure = self._start()
+            policies = {"base": SteeredPolicy(space.policy, steps=space.steps), "start": start}
             rates = {
                 name: SuccessRate.of(one.success for one in run_episodes(policy, self.vector, seeds))
                 for name, policy in policies.items()
@@ -569,13 +587,21 @@ class _Training:
             if rates["start"].interval.high < rates["base"].rate:
                 warnings.warn(
                     f"the base policy succeeds in {100 * rates['base'].rate:.0f}% of {settings.start_episodes} episodes, and its "
-                    f"steered start, {_said(space, self.config)}, in {100 * rates['start'].rate:.0f}%: the first success may "
-                    f"never come. {_cure(space)}",
+                    f"steered start, {said}, in {100 * rates['start'].rate:.0f}%: the first success may never come. {cure}",
                     stacklevel=2,
                 )
             self.rows.resume([0] * len(self.rows), [[] for _ in self.rows.seeds])
             self.rows.evaluations = 0
         write_json(self.folder.folder / "start.json", told)
+
+    def _start(self) -> tuple[SteeredPolicy, str, str]:
+        """Return what learners begin as, what to call it, and what helps where it is bad."""
+        space, learner = self.space, self.agent.learner
+        if isinstance(learner, SACLearner) and learner.teacher is not None:
+            cure = "See how the noise policy itself does ('counterflow eval --steer dsbc'), or give a larger bound."
+            return self.agent.acting(0), "an imitation of the noise policy", cure
+        start = starting(space, self.config, child_seed(0, "start", "residual"))
+        return start, _said(space, self.config), _cure(space)
 
     def _diverged(self, what: str) -> TrainingError:
         return TrainingError(
@@ -613,6 +639,7 @@ def read_online_settings(folder: Path | str) -> tuple[dict[str, Any], Config, On
         names = ("algorithm", "env", "seeds", "policy", "prefill", "noise_policy")
         about = {name: content.pop(name) for name in names} | {"record": content.pop("record", None)}
         content.pop("policy_fingerprint")
+        content.pop("noise_policy_fingerprint", None)
         run = content.pop("run")
         run["residual_bound"] = tuple(run["residual_bound"])
         return about, CONFIGS[about["algorithm"]](**content), OnlineRun(**run)

@@ -163,7 +163,7 @@ class OffPolicyAgent(Agent):
         return DSRLLearner(sizes, config, self.seeds, self.device)
 
     def act(self, rows: SteeredRows, decision: int) -> Tensor:
-        """Return actions (N, D): the base's own in the warm-up, then the learner's."""
+        """Return actions (N, D): the base's own in the warm-up, or those of an actor that was taught, then the learner's."""
         seeds, streams = len(self.seeds), self.settings.num_envs
         shown = rows.shown.to(self.device).unflatten(0, (seeds, streams))
         if isinstance(self.learner, AnchorsLearner):
@@ -171,6 +171,8 @@ class OffPolicyAgent(Agent):
         if decision < self.config.warmup and self.learner.teacher is None:
             return self._as_the_base(decision).flatten(0, 1)
         actions = self.learner.act(shown)
+        if decision < self.config.warmup:
+            return actions.flatten(0, 1)
         if isinstance(self.config, ResidualConfig):
             actions = actions * self.config.size_at(decision)
         elif self.settings.keep_steering and self.proposals is not None:
@@ -347,7 +349,7 @@ class RFSAgent(Agent):
         self._turns: list[tuple[Tensor, ...]] = []
 
     def act(self, rows: SteeredRows, decision: int) -> Tensor:
-        """Return actions (N, D): the base's own in the warm-up, then the learner's."""
+        """Return actions (N, D): the base's own in the warm-up, or those of an actor that was taught, then the learner's."""
         shape = (len(self.seeds), self.settings.num_envs)
         self._raw, self._densities = self.learner.act(rows.shown.to(self.learner.device).unflatten(0, shape))
         return self.learner.executed(self._raw, self.config.size_at(decision)).flatten(0, 1)

@@ -56,7 +56,7 @@ class SACConfig:
         n_step: chunks over which returns are summed.
         batch_size: decisions in an update.
         update_ratio: updates for each decision that a seed makes (the update-to-data ratio).
-        warmup: decisions of a seed before learning begins, made as the base policy does.
+        warmup: decisions of a seed before learning begins, made as the base policy does, or as the teacher.
         learning_rate: of the critics.
         actor_learning_rate: of the actor.
         temperature_learning_rate: of the temperature.
@@ -78,12 +78,13 @@ class SACConfig:
         initial_temperature: alpha at the start.
         learn_temperature: False keeps it there.
         temperature_floor: the temperature never falls below (noise aliasing dips when it does too early).
-        target_entropy: of the whole action; None: minus half its size, or that of the teacher's law where there is one.
+        target_entropy: of the whole action; None: minus half its size, or that of the teacher's Gaussian, before the squashing,
+            where there is one.
         prefilled_share: of a batch, from prefilled decisions.
         success_share: of a batch, from successful episodes.
         bc_weight: lambda of -log pi, divided by how many numbers an action has, over the actions of successful episodes; added to
             the actor's loss.
-        bc_batch: examples of it in an update.
+        bc_batch: examples of it in an update; of a teacher's no more than the batch has.
         bc_decay: updates over which its weight falls to nothing; 0: it stays.
         bc_from: whose actions: of successful episodes that were "prefilled", of "all" successful ones, or what a "teacher" says
             wherever the replay has been (`SACLearner.teacher`); then the term is the divergence of the actor from the teacher's
@@ -379,7 +380,9 @@ class SACLearner(Resumable, Generic[Config]):
             raise InvalidInputError(f"the seeds are {tuple(seeds)}; expected one or more different ones.")
         self.sizes, self.config, self.seeds = sizes, config, tuple(check_seed(seed) for seed in seeds)
         self.device, self.step = as_device(device), 0
-        self.teacher: Teacher | None = None
+        self.teacher: Teacher | None = (
+            None  # where to look for what to imitate; set by who has one, before anything is learned
+        )
         self.limits = sizes.limits.to(self.device)
         self.listening = torch.ones((), device=self.device)  # 0 while the actor does not follow the critics yet
         self.target_entropy = self._default_entropy() if config.target_entropy is None else config.target_entropy
@@ -486,8 +489,8 @@ class SACLearner(Resumable, Generic[Config]):
         Args:
             batch: decisions.
             draws: what is random.
-            shown: (S, C, F) what was seen in successful episodes.
-            acted: (S, C, D) and done there.
+            shown: (S, C, F) what was seen in successful episodes, or of a teacher in the batch.
+            acted: (S, C, D) and done there, or what the teacher says.
             cloning: (S,) the weight of doing the same.
         """
         actor, critic, temperature = self.networks["actor"], self.networks["critic"], self.temperature
@@ -532,7 +535,7 @@ class SACLearner(Resumable, Generic[Config]):
             batch = replay.gather(places[index], self.config.n_step)
             own = SACDraws(*(getattr(draws, one.name)[index] for one in dataclasses.fields(draws)))
             if self.config.bc_weight and self.config.bc_from == "teacher":
-                shown = batch.observations[:, : self.config.bc_batch]
+                shown = self._some(batch.observations)
                 acted = self._taught(shown)
             elif copied is None:
                 shown, acted = batch.observations[:, :0], batch.actions[:, :0]
@@ -604,6 +607,11 @@ class SACLearner(Resumable, Generic[Config]):
             losses = errors.mean((1, 2))
             self.optimise(losses)
         return losses.detach()
+
+    def _some(self, observations: Tensor) -> Tensor:
+        """Return `bc_batch` of a batch's observations (S, B, F), or all, spread over it: its parts lie one after another."""
+        count = self.config.batch_size
+        return observations[:, :: max(1, count // self.config.bc_batch)][:, : self.config.bc_batch]
 
     @torch.no_grad()
     def _taught(self, observations: Tensor) -> Tensor:

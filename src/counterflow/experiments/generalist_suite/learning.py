@@ -102,7 +102,7 @@ def _learn(
         if progress.decision % every == 0:
             suite.log(f"  {progress.decision}: training {progress.recent}, evaluation {progress.success}")
 
-    out = suite.data / "rl" / f"{name}-{run.steps}-{settings.decisions}"
+    out = suite.data / "rl" / f"{name}-{run.steps}-{settings.decisions}{'' if noise_policy is None else '-taught'}"
     train_online(
         algorithm,
         task,

@@ -212,6 +212,7 @@ class Suite:
             "steps": self.chosen()["frs"],
             "decisions": settings.decisions,
             "seeds": list(settings.learning_seeds),
+            "taught": True,  # DSRL + FRS imitates a noise policy; results from before it did don't count
         }
 
     def critics_tasks(self) -> tuple[list[str], list[str]]:
