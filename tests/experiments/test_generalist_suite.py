@@ -164,6 +164,7 @@ def test_tables(steered: Suite) -> None:
             "steps": 10,
             "decisions": SETTINGS.decisions,
             "seeds": [0],
+            "taught": True,
         }
         content = {"asked": asked, "kind": "works", "task": HELD[0], "label": label, "curves": curves}
         write_json(steered.results / "rl" / f"{label}.json", content)
