@@ -440,6 +440,9 @@ class TestTaught:
             with pytest.raises(InvalidInputError, match="there is none"):
                 train(name, out, run, config=replace(CONFIGS[name], bc_from="teacher"))
         assert train("dsrl", out, run, config=self.CONFIG, **sources).decisions_done == 8
+        about, config, settings = read_online_settings(out)
+        assert about["noise_policy"] == str(sources["noise_policy"])
+        assert (config, settings) == (self.CONFIG, run)
 
     @pytest.mark.parametrize("changes", [{"target": "action", "bound": None}, {"inputs": "observation"}])
     def test_another_kind_of_network_is_refused(
