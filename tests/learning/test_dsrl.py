@@ -308,7 +308,8 @@ def test_the_entropy_that_is_aimed_at_is_the_teachers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"), [(4, [0, 2, 4, 6]), (8, list(range(8))), (3, [0, 2, 4]), (99, list(range(8)))]
+    ("asked", "expected"),
+    [(4, [0, 2, 4, 6]), (8, list(range(8))), (3, [0, 2, 5]), (6, [0, 1, 2, 4, 5, 6]), (99, list(range(8)))],
 )
 def test_what_a_teacher_is_asked_about_is_spread_over_the_batch(asked: int, expected: list[int]) -> None:
     """Its prefilled decisions lie before those of the learner itself."""

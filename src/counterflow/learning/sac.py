@@ -329,6 +329,11 @@ def cloning_loss(actor: StackedMLP, observations: Tensor, actions: Tensor, limit
     return -log_density(actor(observations), actions, limits).mean(1) / actions.shape[-1]
 
 
+def unsquash(actions: Tensor, limits: Tensor) -> Tensor:
+    """Return what actions (..., D) are before the squashing, clipped inside the tanh's range."""
+    return torch.atanh((actions / limits).clamp(-INSIDE, INSIDE))
+
+
 def imitated_std(limits: Tensor) -> Tensor:
     """Return the deviation (D,), before the squashing, of an actor that imitates."""
     return IMITATED_STD / limits.clamp_min(1)
@@ -347,7 +352,7 @@ def divergence_loss(actor: StackedMLP, observations: Tensor, actions: Tensor, li
         limits: (D,).
     """
     mean, log_std = parameters(actor(observations))
-    wanted, std = torch.atanh((actions / limits).clamp(-INSIDE, INSIDE)), imitated_std(limits)
+    wanted, std = unsquash(actions, limits), imitated_std(limits)
     ratio = (std.square() + (mean - wanted).square()) / (2 * log_std).exp()
     return (log_std - std.log() + 0.5 * (ratio - 1)).mean((1, 2))
 
@@ -380,9 +385,7 @@ class SACLearner(Resumable, Generic[Config]):
             raise InvalidInputError(f"the seeds are {tuple(seeds)}; expected one or more different ones.")
         self.sizes, self.config, self.seeds = sizes, config, tuple(check_seed(seed) for seed in seeds)
         self.device, self.step = as_device(device), 0
-        self.teacher: Teacher | None = (
-            None  # where to look for what to imitate; set by who has one, before anything is learned
-        )
+        self.teacher: Teacher | None = None  # set by who has one, before anything is learned
         self.limits = sizes.limits.to(self.device)
         self.listening = torch.ones((), device=self.device)  # 0 while the actor does not follow the critics yet
         self.target_entropy = self._default_entropy() if config.target_entropy is None else config.target_entropy
@@ -601,7 +604,7 @@ class SACLearner(Resumable, Generic[Config]):
             ]
             chosen = torch.stack(rows)
             mean, log_std = parameters(self.networks["actor"](observations[chosen]))
-            wanted, std = torch.atanh((actions[chosen] / self.limits).clamp(-INSIDE, INSIDE)), imitated_std(self.limits)
+            wanted, std = unsquash(actions[chosen], self.limits), imitated_std(self.limits)
             # the deviation's part as a square: where it is far off, that of the divergence would drown the mean's
             errors = 0.5 * ((mean - wanted) / std).square() + (log_std - std.log()).square()
             losses = errors.mean((1, 2))
@@ -610,8 +613,9 @@ class SACLearner(Resumable, Generic[Config]):
 
     def _some(self, observations: Tensor) -> Tensor:
         """Return `bc_batch` of a batch's observations (S, B, F), or all, spread over it: its parts lie one after another."""
-        count = self.config.batch_size
-        return observations[:, :: max(1, count // self.config.bc_batch)][:, : self.config.bc_batch]
+        whole = observations.shape[1]
+        count = min(whole, self.config.bc_batch)
+        return observations[:, torch.arange(count, device=self.device) * whole // count]
 
     @torch.no_grad()
     def _taught(self, observations: Tensor) -> Tensor:
