@@ -23,6 +23,8 @@ from counterflow.policies import load
 from counterflow.random import child_seed
 from counterflow.reasoners import oracle_expert
 
+TASKS_EACH_WORKER = 8  # before it is replaced
+
 
 def experts(suite: Suite) -> None:
     """Let every task's expert try, with the demonstrations' noise."""
@@ -39,13 +41,16 @@ def experts(suite: Suite) -> None:
         if known is None or known["asked"] != asked:
             left.append(task)
     context = multiprocessing.get_context("spawn")
-    # LIBERO's simulator keeps some of every environment, so a worker is replaced now and then.
-    with ProcessPoolExecutor(settings.workers, mp_context=context, max_tasks_per_child=8) as pool:
-        futures = {pool.submit(try_expert, task, **asked): task for task in left}
-        for future in as_completed(futures):
-            task, found = futures[future], future.result()
-            write_json(folder / f"{slug(task)}.json", {"task": task, "asked": asked, **found})
-            suite.log(f"experts: {task}, {sum(found['successes'])} of {len(found['successes'])}")
+    # LIBERO's simulator keeps some of every environment, so workers are replaced now and then. By a new pool: a worker that ends
+    # at `max_tasks_per_child` is not always replaced, and the pool waits for ever (CPython issue 115634, in 3.11 to 3.14).
+    size = TASKS_EACH_WORKER * settings.workers
+    for first in range(0, len(left), size):
+        with ProcessPoolExecutor(settings.workers, mp_context=context) as pool:
+            futures = {pool.submit(try_expert, task, **asked): task for task in left[first : first + size]}
+            for future in as_completed(futures):
+                task, found = futures[future], future.result()
+                write_json(folder / f"{slug(task)}.json", {"task": task, "asked": asked, **found})
+                suite.log(f"experts: {task}, {sum(found['successes'])} of {len(found['successes'])}")
 
 
 def try_expert(task: str, episodes: int, noise: float, seed: int) -> dict[str, Any]:
