@@ -11,13 +11,16 @@ command makes them again.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from counterflow.experiments.generalist import TRAINING
 from counterflow.experiments.generalist_report import Differs
 from counterflow.experiments.generalist_script import script
 from counterflow.experiments.generalist_suite import SuiteSettings
 
-SETTINGS = SuiteSettings(family="metaworld")
+# As in the paper a reference says nothing of the gripper.
+SETTINGS = SuiteSettings(family="metaworld", gripper="hold", learning=replace(TRAINING, steps=16_000))
 DIFFERS = Differs(
     generalist="an object-centric transformer of about a million parameters, trained here on scripted demonstrations",
     observation="where the objects and the goal are, the robot's state, a sentence",

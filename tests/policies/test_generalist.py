@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 import counterflow
 from counterflow.errors import CheckpointError, InvalidInputError, MismatchError
@@ -122,6 +123,18 @@ class TestAsABasePolicy:
         chunk = denoise(field, torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)), 50)
         back = denoise(field, reverse(field, chunk, 50), 50)
         assert (back - chunk).abs().mean() < 0.3
+
+    def test_attention_as_it_is_compiled_is_the_same(
+        self, observation: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        alone = ObservationLayout((0, 1, 2, 3), (CUP,))
+        policy = make().for_tasks([TaskDescription(SENTENCE, LAYOUT), TaskDescription("wait", alone)])
+        packed = torch.from_numpy(pack(observation.numpy(), 1, alone, 3))  # two objects are masked
+        plain = velocity(policy, packed)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            patch.setattr(functional, "scaled_dot_product_attention", None)
+            torch.testing.assert_close(velocity(policy, packed), plain)
 
     def test_contexts_repeat(self, observation: torch.Tensor) -> None:
         policy = make().for_task(SENTENCE, LAYOUT)

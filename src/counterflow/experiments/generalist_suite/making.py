@@ -123,7 +123,7 @@ def generalist(suite: Suite) -> None:
         if progress.step % 1_000 == 0:
             suite.log(f"generalist: {progress.step} of {progress.steps}, loss {progress.loss:.4f}")
 
-    with _threads(os.cpu_count() or 1):
+    with _threads(_cores()):
         trained = train_generalist(
             suite.folder / "data" / "demonstrations",
             suite.training,
@@ -148,6 +148,11 @@ def generalist(suite: Suite) -> None:
             "provenance": made.provenance,
         },
     )
+
+
+def _cores() -> int:
+    """Return how many cores this process may use, as far as the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
