@@ -9,10 +9,8 @@ known; run again, it does what is left and writes results/<suite>.md. The noise 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import tyro
 
 from counterflow.envs.libero import LiberoEnv, groups
 from counterflow.errors import CounterflowError
+from counterflow.experiments.workers import in_workers
 from counterflow.files import replacing
 from counterflow.random import child_seed
 from counterflow.reasoners import oracle_expert
@@ -58,16 +57,11 @@ def main(settings: Settings) -> None:
         if not settings.tasks or any(part in task for part in settings.tasks)
     ]
     left = [task for task in chosen if task not in done]
-    context = multiprocessing.get_context("spawn")
-    # A worker makes one task's environment after another; robosuite keeps some of each, so a worker is replaced now and then.
-    with ProcessPoolExecutor(settings.workers, mp_context=context, max_tasks_per_child=8) as pool:
-        futures = [pool.submit(measure, task, asked) for task in left]
-        for future in as_completed(futures):
-            line = future.result()
-            done[line["task"]] = line
-            with path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            print(f"{sum(line['successes'])}/{settings.starts}  {line['task']}  {line.get('error', '')}", flush=True)
+    for task, line in in_workers(partial(measure, settings=asked), left, settings.workers):
+        done[task] = line
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{sum(line['successes'])}/{settings.starts}  {task}  {line.get('error', '')}", flush=True)
     if not settings.tasks:
         with replacing(path.with_suffix(".md")) as temporary:
             temporary.write_text(table([done[task] for task in chosen], settings))
@@ -75,7 +69,6 @@ def main(settings: Settings) -> None:
 
 def measure(task: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Try one task from its initial states; run in a worker."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     successes: list[bool] = []
     steps: list[int] = []
     try:

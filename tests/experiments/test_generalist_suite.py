@@ -16,7 +16,6 @@ from counterflow.experiments.generalist_suite import (
     STAGES,
     Suite,
     SuiteSettings,
-    making,
     partial,
     rank,
     reversal,
@@ -219,11 +218,8 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
         run_suite(Suite(replace(SETTINGS, tasks=TRAIN), tmp_path))
 
 
-def test_a_chain_from_experts_to_a_table_goes_on_where_it_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_chain_from_experts_to_a_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
     pytest.importorskip("metaworld", reason="Meta-World is not installed: counterflow[metaworld]")
-    monkeypatch.setattr(making, "TASKS_EACH_WORKER", 2)  # so that a worker is replaced before the third task
     settings = SuiteSettings(
         tasks=("metaworld/drawer-close-v3", "metaworld/handle-press-v3", "metaworld/door-close-v3"),
         episodes=1,

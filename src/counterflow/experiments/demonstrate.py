@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 import counterflow
-from counterflow.checks import COUNT, Range
+from counterflow.checks import Range
 from counterflow.data.npz import save_npz
 from counterflow.envs import VectorEnv, check_env_name, expand_tasks, family_of, make_env
 from counterflow.envs.rendering import prepare_backend
-from counterflow.errors import InvalidInputError, MismatchError, TrainingError, WorkerError
+from counterflow.errors import InvalidInputError, MismatchError, TrainingError
+from counterflow.experiments.workers import in_workers
 from counterflow.files import replacing, write_json
 from counterflow.random import check_seed, child_seed
 from counterflow.reasoners import Expert, oracle_expert
@@ -185,40 +184,28 @@ def demonstrate_tasks(
         WorkerError: a worker process died.
     """
     tasks = expand_tasks(env_names)
-    count = min(len(tasks), os.cpu_count() or 1) if workers is None else workers
-    COUNT.check("workers", count)
     for family in dict.fromkeys(map(family_of, tasks)):  # a missing expert or package is said here, not in a worker
         oracle_expert(next(task for task in tasks if family_of(task) == family), noise)
     settings: dict[str, Any] = {"episodes": episodes, "seed": seed, "noise": noise, "overwrite": overwrite}
     made: dict[str, Demonstrated] = {}
     given_up: dict[str, str] = {}
-    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(_demonstrate_alone, task, archive_of(folder, task), settings): task for task in tasks}
-        try:
-            for future in as_completed(futures):
-                task = futures[future]
-                try:
-                    made[task] = future.result()
-                except TrainingError as error:
-                    given_up[task] = str(error)
-                except BrokenProcessPool as error:
-                    raise WorkerError(
-                        f"a worker process died while {task} was demonstrated, often for want of memory. Archives that are "
-                        f"finished are safe in {folder}; run the same command again to go on, with fewer workers."
-                    ) from error
-                if on_task is not None:
-                    on_task(task, len(made) + len(given_up))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    for task, found in in_workers(partial(_demonstrate_alone, folder=folder, settings=settings), tasks, workers):
+        if isinstance(found, str):
+            given_up[task] = found
+        else:
+            made[task] = found
+        if on_task is not None:
+            on_task(task, len(made) + len(given_up))
     ordered = {task: made[task] for task in tasks if task in made}
     return DemonstratedTasks(Path(folder), ordered, given_up)
 
 
-def _demonstrate_alone(env_name: str, path: Path, settings: dict[str, Any]) -> Demonstrated:
-    """Run in a worker: one task, in this process."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one simulator a core
-    return demonstrate(env_name, path, num_envs=1, **settings)
+def _demonstrate_alone(env_name: str, folder: Path | str, settings: dict[str, Any]) -> Demonstrated | str:
+    """Run in a worker: one task, in this process; return why, if its expert is given up."""
+    try:
+        return demonstrate(env_name, archive_of(folder, env_name), num_envs=1, **settings)
+    except TrainingError as error:
+        return str(error)
 
 
 def _benchmark(env_name: str) -> str:

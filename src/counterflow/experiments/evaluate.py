@@ -217,8 +217,7 @@ def load_prior(env: str, policy: str | None = None, device: str = "cpu") -> Base
             f"no prior is shipped for {family} (there are priors for {', '.join(SHIPPED_PRIORS)}). Make one: {make}, then pass "
             "it with --policy."
         )
-    shipped: BasePolicy = load(SHIPPED_PRIORS[family], device)
-    return shipped
+    return adapted(load(SHIPPED_PRIORS[family], device), env)
 
 
 def adapted(policy: BasePolicy, env: str) -> BasePolicy:

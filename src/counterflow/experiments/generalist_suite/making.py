@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +17,11 @@ from counterflow.experiments.evaluate import policy_name
 from counterflow.experiments.generalist import train_generalist
 from counterflow.experiments.generalist_suite.suite import Suite, slug
 from counterflow.experiments.train import Cadence, Progress
+from counterflow.experiments.workers import in_workers
 from counterflow.files import write_json
 from counterflow.policies import load
 from counterflow.random import child_seed
 from counterflow.reasoners import oracle_expert
-
-TASKS_EACH_WORKER = 8  # before it is replaced
 
 
 def experts(suite: Suite) -> None:
@@ -40,22 +38,13 @@ def experts(suite: Suite) -> None:
         known = suite.read(f"experts/{slug(task)}")
         if known is None or known["asked"] != asked:
             left.append(task)
-    context = multiprocessing.get_context("spawn")
-    # LIBERO's simulator keeps some of every environment, so workers are replaced now and then. By a new pool: a worker that ends
-    # at `max_tasks_per_child` is not always replaced, and the pool waits for ever (CPython issue 115634, in 3.11 to 3.14).
-    size = TASKS_EACH_WORKER * settings.workers
-    for first in range(0, len(left), size):
-        with ProcessPoolExecutor(settings.workers, mp_context=context) as pool:
-            futures = {pool.submit(try_expert, task, **asked): task for task in left[first : first + size]}
-            for future in as_completed(futures):
-                task, found = futures[future], future.result()
-                write_json(folder / f"{slug(task)}.json", {"task": task, "asked": asked, **found})
-                suite.log(f"experts: {task}, {sum(found['successes'])} of {len(found['successes'])}")
+    for task, found in in_workers(partial(try_expert, **asked), left, settings.workers):
+        write_json(folder / f"{slug(task)}.json", {"task": task, "asked": asked, **found})
+        suite.log(f"experts: {task}, {sum(found['successes'])} of {len(found['successes'])}")
 
 
 def try_expert(task: str, episodes: int, noise: float, seed: int) -> dict[str, Any]:
     """Run one task's expert in this process; return `successes` and `steps`, an entry an episode, and `seconds`."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one simulator a core
     env, expert = make_task(task), oracle_expert(task, noise)
     successes, steps, began = [], [], time.perf_counter()
     try:
