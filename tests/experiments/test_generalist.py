@@ -110,3 +110,10 @@ def test_what_cannot_be_trained_on_is_refused(data: Path, tmp_path: Path) -> Non
     )
     with pytest.raises(MismatchError, match="which object"):
         load_tasks(data, ["ogbench/cube-single-task1"])
+
+
+def test_the_shipped_generalist_closes_a_drawer_that_it_was_trained_to_close() -> None:
+    pytest.importorskip("metaworld", reason="Meta-World is not installed: counterflow[metaworld]")
+    with make_env("metaworld/drawer-close-v3", 2) as env:
+        result = evaluate(env, load_prior("metaworld/drawer-close-v3"), "base", 2, 0)
+    assert result.successes == 2

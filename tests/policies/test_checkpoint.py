@@ -22,6 +22,7 @@ from counterflow.policies import (
     ActionLayout,
     ActionSpec,
     FlowPolicy,
+    GeneralistPolicy,
     NetworkConfig,
     Normaliser,
     load,
@@ -118,6 +119,13 @@ class TestShipped:
         assert prior.action_spec.horizon == 5
         assert (checkpoint.PRIORS / f"{name}.safetensors").stat().st_size < 4_000_000
         assert prior.provenance["data"]["made_by"]["recipe"]["env"] == prior.family
+
+    def test_the_generalist(self) -> None:
+        prior = load("metaworld")
+        assert isinstance(prior, GeneralistPolicy)
+        assert prior.family == "metaworld"
+        assert len(prior.provenance["tasks"]) == 34
+        assert not prior.provenance["without_demonstrations"]
 
     def test_an_unknown_name_suggests_the_nearest(self) -> None:
         with pytest.raises(UnknownNameError, match="did you mean 'cube-single'"):

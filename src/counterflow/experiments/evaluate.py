@@ -64,6 +64,7 @@ SHIPPED_PRIORS = {
     "ogbench/cube-single": "cube-single",
     "ogbench/scene": "scene",
     "ogbench/puzzle-3x3": "puzzle-3x3",
+    "metaworld": "metaworld",
 }
 
 
