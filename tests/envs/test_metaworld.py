@@ -122,8 +122,12 @@ class TestSimulator:
         moment = env.reset(0)
         expert.reset(0)
         assert moment.privileged["privileged/remaining"] > 0.02
+        rewards = []
         while not (moment.terminated or moment.truncated):
             moment = env.step(expert.act(moment.privileged))
+            rewards.append(moment.reward)
+        assert max(rewards[:-1]) < 0 == rewards[-1]
+        assert rewards[-2] > rewards[0] + 0.1  # it grows towards the goal
         assert (moment.success, moment.terminated, moment.reward) == (True, True, 0.0)
 
         ReasonerSettings().maker(f"metaworld/{task}")
@@ -145,7 +149,7 @@ class TestSimulator:
         env.reset(0)
         moments = [env.step(np.zeros(4)) for _ in range(500)]
         assert [moment.truncated for moment in moments].index(True) == 499
-        assert {moment.reward for moment in moments} == {-1.0}
+        assert all(-1 <= moment.reward < 0 for moment in moments)
 
     @pytest.mark.parametrize("action", [np.zeros(3), np.full(4, np.nan), np.array([0, 0, 0, 1.5])])
     def test_actions_that_cannot_be_right_are_refused(self, action: np.ndarray) -> None:

@@ -7,8 +7,8 @@ tells, and one prior is made for many of them.
 An observation is Meta-World's own (39,), goal visible: hand (3), gripper opening (1), two objects' positions and quaternions
 (14), the same 18 numbers one step earlier, and the goal's position (3). Actions are displacements of the hand along x, y and z
 and the gripper's effort (positive closes), all in [-1, 1]; 1 is a centimetre. Where objects and goal lie descends from the
-episode's seed. Unlike in the package, an episode ends when the goal is reached, and the reward is -1 for every step that does
-not reach it: whether it is ever reached, which the benchmark counts, stays the same. Its own dense reward is privileged.
+episode's seed. Unlike in the package, an episode ends when the goal is reached, which it would not pay to do if rewards were
+positive: Meta-World's own dense reward, 0 to 10, is brought to -1 to 0, and 0 is that of the step that reaches the goal.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from counterflow.random import child_seed
 FAMILY = "metaworld"
 ACTION_LAYOUT = ActionLayout(translation=(0, 1, 2), gripper=3, gripper_close_sign=1)
 MAX_EPISODE_STEPS = 500
+BEST_REWARD = 10.0
+"""The most that Meta-World's dense rewards give for a step."""
 CAMERAS = ("topview", "corner", "corner2", "corner3", "corner4", "behindGripper", "gripperPOV")
 CAMERA = "corner2"
 TESTED_MUJOCO = "3.3.0"
@@ -271,14 +273,14 @@ class MetaWorldEnv:
         state = np.asarray(observation, dtype=np.float32)
         return Moment(
             observation=state,
-            reward=0.0 if self._steps == 0 or success else -1.0,
+            reward=0.0 if self._steps == 0 or success else min(max(reward, 0.0), BEST_REWARD) / BEST_REWARD - 1.0,
             success=success,
             terminated=success,
             truncated=not success and self._steps >= MAX_EPISODE_STEPS,
-            privileged=self._privileged(np.asarray(observation, dtype=np.float64), info, reward),
+            privileged=self._privileged(np.asarray(observation, dtype=np.float64), info),
         )
 
-    def _privileged(self, state: npt.NDArray[np.float64], info: dict[str, Any], reward: float) -> Privileged:
+    def _privileged(self, state: npt.NDArray[np.float64], info: dict[str, Any]) -> Privileged:
         """Name what the observation tells (metres, world frame), and add what the simulator says besides."""
         goal = np.array(self._env._target_pos, dtype=np.float64)
         remaining = float(info.get("obj_to_target", np.linalg.norm(state[4:7] - goal)))
@@ -288,7 +290,6 @@ class MetaWorldEnv:
             "goal/pos": goal,
             "privileged/state": state.copy(),
             "privileged/remaining": np.array([remaining]),
-            "privileged/dense_reward": np.array([reward]),
         }
         for index in range(len(_TASKS[self._task].objects)):
             told[f"privileged/object_{index}_pos"] = state[4 + 7 * index : 7 + 7 * index].copy()
