@@ -250,7 +250,7 @@ def test_a_latent_begins_as_near_the_prior_as_its_bound_lets_it(bound: float, ex
 
 def teacher(observations: Tensor) -> Tensor:
     """A noise policy."""
-    return LIMITS * torch.tanh(observations[:, :2])
+    return LIMITS * torch.tanh(observations[..., :2])
 
 
 def taught(kind: str = "dsrl", seeds: list[int] | None = None, **changes: Any) -> SACLearner:

@@ -313,8 +313,7 @@ class _Training:
         self.steps_of = [0] * len(seeds)
         self.success: dict[int, float] = {}
         if teacher is not None and isinstance(self.agent, OffPolicyAgent):
-            latent = space.latent
-            self.agent.learner.teacher = lambda shown: latent.project(teacher(shown)).flatten(1)
+            self.agent.taught_by(teacher)
         self.reported: list[dict[str, Tensor]] = []  # what was learned since the last report
 
     def go(self, on_progress: Callable[[OnlineProgress], None] | None) -> OnlineTrained:
@@ -332,6 +331,8 @@ class _Training:
         while self.decision < settings.decisions:
             before = self.decision
             self._turn()
+            if self._due(before, settings.reteach_every) and isinstance(agent, OffPolicyAgent):
+                agent.teach_again(self.decision)
             self.ledger.seconds = spent + time.perf_counter() - began
             last = self.decision >= settings.decisions
             if self._due(before, settings.report_every) or last:

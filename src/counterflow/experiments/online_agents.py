@@ -16,6 +16,7 @@ from counterflow.errors import InvalidInputError
 from counterflow.experiments.evaluate import ReasonerSettings
 from counterflow.experiments.online_data import Prefilled, anchors_of
 from counterflow.experiments.online_settings import OnlineRun
+from counterflow.experiments.online_teaching import Teachers
 from counterflow.experiments.rollout import MakeReasoner
 from counterflow.experiments.steering_env import SteeredRows, Step
 from counterflow.flow import denoise
@@ -30,6 +31,7 @@ from counterflow.steering import (
     ActorConfig,
     AnchorsConfig,
     AnchorsCritic,
+    ChunkRegressor,
     Proposals,
     Reference,
     SteeredPolicy,
@@ -132,6 +134,7 @@ class OffPolicyAgent(Agent):
             None if data is None else data.recorded,
             device,
         )
+        self.teachers: Teachers | None = None
         self.reasoners: list[Reasoner] = []
         self._asking = ReasonerSettings(settings.reasoner_error)
         self._asked: list[tuple[int, int]] = []
@@ -161,6 +164,16 @@ class OffPolicyAgent(Agent):
             decode, rest = decoding(space)
             return AliasingLearner(sizes, config, self.seeds, self.device, decode=decode, rest=rest)
         return DSRLLearner(sizes, config, self.seeds, self.device)
+
+    def taught_by(self, teacher: ChunkRegressor) -> None:
+        """Let actors imitate a noise policy; to be said before anything is learned."""
+        known = len(self.replay.successful(0)[2].unique())
+        self.teachers = self.learner.teacher = Teachers(teacher, self.space, self.seeds, known)
+
+    def teach_again(self, decision: int) -> None:
+        """Distil the noise policies that are imitated again, from each seed's successes after so many decisions."""
+        if self.teachers is not None:
+            self.teachers.teach_again(self.replay, decision)
 
     def act(self, rows: SteeredRows, decision: int) -> Tensor:
         """Return actions (N, D): the base's own in the warm-up, or those of an actor that was taught, then the learner's."""
@@ -319,14 +332,17 @@ class OffPolicyAgent(Agent):
 
     def state(self) -> dict[str, Tensor]:
         """Return everything that going on needs."""
-        return {f"learner.{name}": value for name, value in self.learner.state().items()} | {
-            f"replay.{name}": value for name, value in self.replay.state().items()
-        }
+        found = {"learner": self.learner.state(), "replay": self.replay.state()}
+        if self.teachers is not None and self.settings.reteach_every:
+            found["teachers"] = self.teachers.state()
+        return {f"{part}.{name}": value for part, values in found.items() for name, value in values.items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from it."""
         self.learner.restore(under("learner.", state))
         self.replay.restore(under("replay.", state))
+        if self.teachers is not None and self.settings.reteach_every:
+            self.teachers.restore(under("teachers.", state))
 
 
 class RFSAgent(Agent):

@@ -50,6 +50,8 @@ class OnlineRun:
         keep_steering: of DSRL: at each decision choose between the actor's latent and the reasoner's reversed reference by value.
         reasoner: of the anchors, whether a reasoner's word counts.
         reasoner_error: of the reasoner that either of these two asks, the probability that its direction is wrong.
+        reteach_every: of DSRL that imitates a noise policy: decisions of a seed after which this is distilled again, for each
+            seed from all of its successes so far (`online_teaching.Teachers`); 0: it stays as it was given.
         particles: of the anchors, noises for each.
         spread: of the anchors, their standard deviation.
         start_episodes: with how many episodes the steered start is compared with the base policy; 0: not at all.
@@ -80,6 +82,7 @@ class OnlineRun:
     keep_steering: bool = False
     reasoner: bool = False
     reasoner_error: float = 0.0
+    reteach_every: int = 0
     particles: int = 8
     spread: float = 0.5
     start_episodes: int = 20
@@ -91,7 +94,9 @@ class OnlineRun:
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        check_numbers(self, or_zero=("first", "start_episodes", "evaluate_every", "episodes", "final_episodes"))
+        check_numbers(
+            self, or_zero=("first", "reteach_every", "start_episodes", "evaluate_every", "episodes", "final_episodes")
+        )
         SHARE.check_all(self, "reasoner_error")
         if not self.residual_bound:
             raise InvalidInputError(

@@ -358,7 +358,7 @@ def divergence_loss(actor: StackedMLP, observations: Tensor, actions: Tensor, li
 
 
 Teacher = Callable[[Tensor], Tensor]
-"""What an actor imitates: observations (N, F) -> actions (N, D)."""
+"""What actors imitate, each seed's its own: observations (S, C, F) -> actions (S, C, D)."""
 Config = TypeVar("Config", bound=SACConfig)
 Result = TypeVar("Result")
 
@@ -596,7 +596,8 @@ class SACLearner(Resumable, Generic[Config]):
             updates: steps of behaviour cloning.
         """
         losses = observations.new_zeros(len(self.seeds))
-        actions = self._taught(observations[None])[0]
+        actions = self._taught(observations.expand(len(self.seeds), -1, -1))
+        each = torch.arange(len(self.seeds), device=self.device)[:, None]
         for _ in range(updates):
             rows = [
                 torch.randint(len(observations), (self.config.batch_size,), generator=rng, device=self.device)
@@ -604,7 +605,7 @@ class SACLearner(Resumable, Generic[Config]):
             ]
             chosen = torch.stack(rows)
             mean, log_std = parameters(self.networks["actor"](observations[chosen]))
-            wanted, std = unsquash(actions[chosen], self.limits), imitated_std(self.limits)
+            wanted, std = unsquash(actions[each, chosen], self.limits), imitated_std(self.limits)
             # the deviation's part as a square: where it is far off, that of the divergence would drown the mean's
             errors = 0.5 * ((mean - wanted) / std).square() + (log_std - std.log()).square()
             losses = errors.mean((1, 2))
@@ -624,8 +625,7 @@ class SACLearner(Resumable, Generic[Config]):
             raise InvalidInputError(
                 "bc_from is 'teacher', and there is none; expected a noise policy to imitate. Give one, or use 'prefilled'."
             )
-        said = self.teacher(observations.flatten(0, 1)).float()
-        return said.view(*observations.shape[:2], -1)
+        return self.teacher(observations).float()
 
     def _copied(self, replay: Replay, updates: int) -> tuple[Tensor | None, Tensor]:
         """Draw the successes to imitate, (U, S, C), and say which seeds have any, (S,)."""
