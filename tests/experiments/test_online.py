@@ -19,6 +19,7 @@ import counterflow.experiments.online as module
 import counterflow.experiments.online_agents as agents
 from counterflow.cli_options import load_learned
 from counterflow.data import SteeringDataset, SteeringEpisode
+from counterflow.data.replay import Replay
 from counterflow.envs import VectorEnv
 from counterflow.errors import (
     DatasetError,
@@ -28,11 +29,13 @@ from counterflow.errors import (
     UnknownNameError,
     WorkerError,
 )
+from counterflow.experiments import online_teaching
 from counterflow.experiments.distill import distill
 from counterflow.experiments.evaluate import ReasonerSettings, evaluate, steered_by
 from counterflow.experiments.online import OnlineTrained, read_online_settings, train_online
 from counterflow.experiments.online_data import anchors_of, corrections, prefill
 from counterflow.experiments.online_settings import OnlineRun, online_preset
+from counterflow.experiments.online_teaching import Teachers
 from counterflow.experiments.record import arrays_of
 from counterflow.experiments.rollout import run_episodes
 from counterflow.experiments.steering_env import RewardKind
@@ -414,11 +417,24 @@ class TestTaught:
         assert (early - told).mean().item() == pytest.approx(0, abs=0.2)
         assert 0.1 < (early - told).std().item() < 0.6
 
+    @pytest.mark.parametrize("every", [0, 8])
     def test_one_that_was_killed_goes_on_with_the_same_numbers(
-        self, world: None, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, every: int, world: None, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        run = partial(train, "dsrl", settings=self.SETTINGS, config=self.CONFIG, **sources)
+        run = partial(
+            train, "dsrl", settings=replace(self.SETTINGS, reteach_every=every), config=self.CONFIG, **sources
+        )
+        taught: list[int] = []
+        original = Teachers.teach_again
+
+        def again(self: Teachers, replay: Replay, decision: int) -> list[int]:
+            taught.extend(original(self, replay, decision))
+            return taught
+
+        monkeypatch.setattr(Teachers, "teach_again", again)
+        monkeypatch.setattr(online_teaching, "DISTILLED", DSBCConfig(steps=20, batch_size=16))
         run(out=tmp_path / "whole")
+        assert bool(taught) == bool(every)
         kill(monkeypatch, 18, lambda: run(out=tmp_path / "killed"))
         assert 0 < run(out=tmp_path / "killed").decisions_done < 48
         assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (tmp_path / "killed" / "metrics.jsonl").read_text()

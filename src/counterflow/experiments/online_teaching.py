@@ -19,6 +19,9 @@ from counterflow.learning.dsbc import DSBCConfig, NoiseExamples, distil
 from counterflow.random import child_seed
 from counterflow.steering import ChunkRegressor, SteeringSpace
 
+DISTILLED = DSBCConfig()
+"""How, whatever the first one was made with."""
+
 
 class Teachers:
     """A noise policy for each seed, at first the same one.
@@ -60,7 +63,7 @@ class Teachers:
                 shown.cpu().numpy(), noises.float().cpu().numpy(), episodes.cpu().numpy(), present.binding
             )
             own = child_seed(seed, "teacher", decision)
-            config = DSBCConfig(regressor=replace(present.config, intention=None))
+            config = replace(DISTILLED, regressor=replace(present.config, intention=None))
             self.each[index] = distil(examples, config, seed=own, device=device)
             self.known[index] = count
             taught.append(seed)
