@@ -57,6 +57,7 @@ DEGRADED = {
 }
 HARDLY = tuple(DEGRADED)
 ONE_TAUGHT = "DSBC, one success"
+RETAUGHT = 150  # decisions after which a noise policy that began with one success is distilled again
 SWEPT = "ogbench/cube-single-task4"
 ROLLOUTS = 20
 CORRECTED = 30  # episodes with an expert at hand
@@ -281,6 +282,18 @@ def hardly(job: Job) -> None:
             trained(job, "hardly", "DSRL", task, "dsrl", plain_dsrl())
         both = online_preset("dsrl", "small", taught=True)
         changes: dict[str, Any] = {"successes_only": True, "first": 1}
+        trained(
+            job,
+            "hardly",
+            "DSRL + FRS, first noise policy",
+            task,
+            "dsrl",
+            both,
+            one,
+            distilled(task, one=True),
+            **changes,
+        )
+        changes["reteach_every"] = RETAUGHT
         trained(job, "hardly", "DSRL + FRS", task, "dsrl", both, one, distilled(task, one=True), **changes)
 
 
