@@ -142,74 +142,63 @@ def _about(about: Mapping[str, Any]) -> str:
 
 
 def report_choose(suite: Suite) -> str:
-    """Return the table by which K, tau and n were chosen."""
-    suite.chosen()  # refused where it is another policy's, or another reasoner's
-    found = suite.read("chosen")
+    """Return every setting's mean over the table's tasks, and for how many of these it was the best on the others."""
+    found = suite.setting_rates()
     names = {"frs": "FRS, K", "partial": "partial noising, tau", "rank": "sample-and-rank, n"}
-    lines = [f"On {', '.join(map(short, found['tasks']))}.", "", "| setting | mean success |", "| --- | ---: |"]
-    for method, means in found["means"].items():
-        for one in means:
-            chosen = one["setting"] == found["settings"][method]
-            text = f"{100 * one['success_rate']:.0f} ({100 * one['ci95'][0]:.0f}-{100 * one['ci95'][1]:.0f})"
-            lines.append(f"| {names[method]} = {one['setting']:g} | {f'**{text}**' if chosen else text} |")
+    tasks = suite.steered()
+    chosen = [suite.chosen(task) for task in tasks]
+    lines = [f"| setting | mean success of {len(tasks)} | chosen for |", "| --- | ---: | ---: |"]
+    for method, name in names.items():
+        for value in sorted(found[method]):
+            count = sum(one[method] == value for one in chosen)
+            lines.append(f"| {name} = {value:g} | {cell(_mean(found[method][value], tasks))} | {count or ''} |")
     return "\n".join(lines)
 
 
 def report_zero_shot(suite: Suite) -> str:
     """Return the zero-shot table with the counts of gains, and draw its figure."""
-    labels = {name: contender.label for name, contender in suite.contenders().items()}
-    rates = suite.rates("zero_shot")
-    done = _complete(suite.steered(), rates, labels.values())
-    if not done:
-        return NOT_YET
-    failed = [task for task in suite.failed() if task in done]
-    lines = ["| task | split | " + " | ".join(labels.values()) + " |", "| --- | --- |" + " ---: |" * len(labels)]
+    rates, done = suite.steered_rates(), suite.steered()
+    failed = suite.failed()
+    lines = ["| task | split | " + " | ".join(NAMES.values()) + " |", "| --- | --- |" + " ---: |" * len(NAMES)]
     for task in done:
-        cells = " | ".join(cell(rates[label][task]) for label in labels.values())
+        cells = " | ".join(cell(rates[method][task]) for method in NAMES)
         lines.append(f"| {short(task)} | {suite.kind_of(task)} | {cells} |")
     groups = {f"the {len(failed)} that the base fails": failed, f"all {len(done)}": done}
     groups = {name: tasks for name, tasks in groups.items() if tasks}
-    means = {
-        name: {method: _mean(rates[label], tasks) for method, label in labels.items()} for name, tasks in groups.items()
-    }
+    means = {name: {method: _mean(rates[method], tasks) for method in NAMES} for name, tasks in groups.items()}
     for name, found in means.items():
         lines.append(f"| **mean of {name}** | | " + " | ".join(f"**{cell(one)}**" for one in found.values()) + " |")
     for name, tasks in groups.items():
-        counts = [str(gains(rates, label, labels["base"], tasks)) for label in labels.values()]
+        counts = [str(gains(rates, method, tasks)) for method in NAMES]
         lines.append(f"| tasks of {name} that gain 10 points or more | | " + " | ".join(counts) + " |")
     lines.append("")
     for name, found in means.items():
         others = "; ".join(
-            f"{NAMES[method]} {Difference(found['frs'], found[method])}" for method in labels if method != "frs"
+            f"{NAMES[method]} {Difference(found['frs'], found[method])}" for method in NAMES if method != "frs"
         )
         lines.append(f"- {name}: FRS minus the others, points: {others}.")
     success_bars(
         means,
         suite.folder / "zero-shot.png",
         title="A generalist that fails, steered",
-        subtitle=f"{suite.settings.family}, held-out tasks; {labels['frs']}, {labels['partial']}, {labels['rank']}",
+        subtitle=f"{suite.settings.family}, held-out tasks; K, tau and n of each from the others",
     )
     return "\n".join(lines)
 
 
-def gains(rates: Mapping[str, Rates], label: str, base: str, tasks: Sequence[str]) -> int:
+def gains(rates: Mapping[str, Rates], method: str, tasks: Sequence[str]) -> int:
     """Count the tasks where a method succeeds at least ten points more often than the base."""
-    return sum(rates[label][task].rate - rates[base][task].rate >= GAIN for task in tasks)
+    return sum(rates[method][task].rate - rates["base"][task].rate >= GAIN for task in tasks)
 
 
 def report_distillation(suite: Suite) -> str:
     """Return the distillation table and draw its figure."""
-    labels = {"base": "base", "bc": "bc", "dsbc": "dsbc", "frs": suite.contenders()["frs"].label}
-    rates = suite.rates("distillation")
-    done = _complete(suite.working()[: suite.settings.distilled], rates, labels.values())
+    rates, done = _distilled(suite)
     if not done:
         return NOT_YET
-    lines = ["| task | base | BC | DSBC | FRS |", "| --- |" + " ---: |" * len(labels)]
-    lines += [
-        f"| {short(task)} | " + " | ".join(cell(rates[label][task]) for label in labels.values()) + " |"
-        for task in done
-    ]
-    means = {name: _mean(rates[label], done) for name, label in labels.items()}
+    lines = ["| task | base | BC | DSBC | FRS |", "| --- |" + " ---: |" * len(rates)]
+    lines += [f"| {short(task)} | " + " | ".join(cell(own[task]) for own in rates.values()) + " |" for task in done]
+    means = {name: _mean(own, done) for name, own in rates.items()}
     lines.append(f"| **mean of {len(done)}** | " + " | ".join(f"**{cell(one)}**" for one in means.values()) + " |")
     lines += ["", f"DSBC minus BC: {Difference(means['dsbc'], means['bc'])} points."]
     success_bars(
@@ -221,13 +210,25 @@ def report_distillation(suite: Suite) -> str:
     return "\n".join(lines)
 
 
+def _distilled(suite: Suite) -> tuple[dict[str, Rates], list[str]]:
+    """Return base, bc, dsbc and frs of the distillation's tasks, and which of these are finished."""
+    measured = suite.rates("distillation")
+    rates: dict[str, dict[str, SuccessRate]] = {"base": {}, "bc": {}, "dsbc": {}, "frs": {}}
+    tasks = suite.working()[: suite.settings.distilled]
+    for task in tasks:
+        labels = {name: name for name in rates} | {"frs": suite.contenders(task)["frs"].label}
+        for name, label in labels.items():
+            if task in measured.get(label, {}):
+                rates[name][task] = measured[label][task]
+    return dict(rates), _complete(tasks, rates, rates)
+
+
 def report_rl(suite: Suite) -> str:
     """Return the table of reinforcement learning at its end, and draw the curves: where FRS works, and where it hardly does."""
-    asked = suite.asked_of_learning()
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for path in sorted((suite.results / "rl").glob("*.json")):
         content = suite.read(f"rl/{path.stem}")
-        if content["asked"] == asked:
+        if content["task"] in suite.steered() and content["asked"] == suite.asked_of_learning(content["task"]):
             found.setdefault(content["kind"], {}).setdefault(content["task"], {})[content["label"]] = content
     if not found:
         return NOT_YET
@@ -296,12 +297,8 @@ def report_guidance(suite: Suite) -> str:
 
 def report_paper(suite: Suite, differs: Differs) -> str:
     """Return the side-by-side table of the FRS paper and what was measured here."""
-    labels = {name: contender.label for name, contender in suite.contenders().items()}
-    rates = suite.rates("zero_shot")
-    done = _complete(suite.steered(), rates, labels.values())
-    if not done:
-        return NOT_YET
-    failed = [task for task in suite.failed() if task in done]
+    rates, done = suite.steered_rates(), suite.steered()
+    failed = suite.failed()
     settings, given = suite.settings, suite.settings.policy
     rows: list[tuple[str, str, str]] = [
         ("generalist", "pi0.5, a vision-language-action model", differs.generalist if given is None else given),
@@ -314,16 +311,15 @@ def report_paper(suite: Suite, differs: Differs) -> str:
         ("tasks", "92 of LIBERO with base success of 40% or less", f"{len(done)} held out, by the same rule"),
         ("episodes for each", "50", str(settings.episodes)),
     ]
-    for name, label in labels.items():
-        rows.append((f"{NAMES[name]}, mean", f"{PAPER_ZERO_SHOT[name]:g}", cell(_mean(rates[label], done))))
+    for name, own in rates.items():
+        rows.append((f"{NAMES[name]}, mean", f"{PAPER_ZERO_SHOT[name]:g}", cell(_mean(own, done))))
     for name, count in PAPER_GAINS.items():
-        here = f"{gains(rates, labels[name], labels['base'], failed)} of {len(failed)}"
+        here = f"{gains(rates, name, failed)} of {len(failed)}"
         rows.append((f"{NAMES[name]}, tasks failed by the base that gain 10 points or more", f"{count} of 42", here))
     rows.append(("the base fails a task", "success of 2% or less", f"success of {settings.low:.0%} or less"))
-    distilled = suite.rates("distillation")
-    steered = _complete(suite.working()[: settings.distilled], distilled, ("bc", "dsbc", labels["frs"]))
+    distilled, steered = _distilled(suite)
     if steered:
-        for name, label, paper in (("BC", "bc", 28), ("DSBC", "dsbc", 36), ("FRS", labels["frs"], 37)):
+        for name, label, paper in (("BC", "bc", 28), ("DSBC", "dsbc", 36), ("FRS", "frs", 37)):
             here = f"{cell(_mean(distilled[label], steered))}, {len(steered)} tasks"
             rows.append((f"distilled: {name}", f"{paper}, 15 tasks", here))
     lines = ["| | paper | here |", "| --- | --- | --- |"]

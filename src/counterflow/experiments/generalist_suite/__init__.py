@@ -1,10 +1,11 @@
 """The papers' ground as one chain of stages: a generalist, the tasks that it fails, and every way of steering it.
 
-    experts, demonstrations -> generalist -> base -> choose -> zero_shot -> distillation -> rl; base -> guidance; speed
+    experts, demonstrations -> generalist -> base -> zero_shot -> distillation -> rl; base -> guidance; speed
 
 Each stage does what is missing in `results/` and keeps what it did as soon as it is known, a file a task, so that a chain that
 was killed goes on. Which tasks a stage takes is decided by rules on the results of the stages before it, written down here, and
-with other episodes than those in its table: whoever is chosen for failing would otherwise look better the second time.
+with other episodes than those in its table: whoever is chosen for failing would otherwise look better the second time. K, tau
+and n of a task are those that do best on the others.
 
 Sources: FRS (arXiv 2606.13675), its LIBERO tables; GAF (arXiv 2607.02092), the guidance table.
 """
@@ -21,7 +22,7 @@ from counterflow.errors import MismatchError, UnknownNameError
 from counterflow.experiments.generalist_suite.learning import reinforcement
 from counterflow.experiments.generalist_suite.making import demonstrations, experts, generalist
 from counterflow.experiments.generalist_suite.settings import SuiteSettings
-from counterflow.experiments.generalist_suite.steering import base, choose, distillation, guidance, zero_shot
+from counterflow.experiments.generalist_suite.steering import base, distillation, guidance, zero_shot
 from counterflow.experiments.generalist_suite.suite import GAIN, SEEDS, Suite, partial, rank, reversal, slug
 from counterflow.experiments.generalist_suite.timing import speed
 
@@ -40,7 +41,7 @@ __all__ = [
 ]
 
 Stage = Literal[
-    "experts", "demonstrations", "generalist", "base", "choose", "zero_shot", "distillation", "rl", "guidance", "speed"
+    "experts", "demonstrations", "generalist", "base", "zero_shot", "distillation", "rl", "guidance", "speed"
 ]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 RUN: dict[Stage, Callable[[Suite], None]] = {
@@ -48,7 +49,6 @@ RUN: dict[Stage, Callable[[Suite], None]] = {
     "demonstrations": demonstrations,
     "generalist": generalist,
     "base": base,
-    "choose": choose,
     "zero_shot": zero_shot,
     "distillation": distillation,
     "rl": reinforcement,

@@ -41,7 +41,7 @@ def reinforcement(suite: Suite) -> None:
 
 def _alone(suite: Suite, task: str) -> Path:
     """Return the folder of as many rollouts of the generalist alone, denoised in as many steps as the learning's."""
-    steps = suite.chosen()["frs"]
+    steps = suite.chosen(task)["frs"]
     out = suite.data / "alone" / f"{slug(task)}-{steps}"
     record(
         task,
@@ -79,7 +79,7 @@ def _learn(
     """Train what is missing and keep its curves."""
     settings = suite.settings
     name = f"{slug(task)}-{label.lower().replace(' + ', '-')}"
-    asked = suite.asked_of_learning()
+    asked = suite.asked_of_learning(task)
     known = suite.read(f"rl/{name}")
     if known is not None and known["asked"] == asked:
         return
@@ -93,7 +93,7 @@ def _learn(
         episodes=settings.episodes,
         evaluate_every=every,
         capacity=20_000,
-        steps=suite.chosen()["frs"],  # a noise is the same action in as many steps only
+        steps=suite.chosen(task)["frs"],  # a noise is the same action in as many steps only
         **changes,
     )
     suite.log(f"rl: {task}, {label}")

@@ -33,8 +33,7 @@ class SuiteSettings:
         architecture, learning: of the generalist.
         low: base success up to which a held-out task counts as one that the generalist fails.
         regime: base success up to which a held-out task is steered at all (the paper's 40%).
-        choosing_tasks, choosing_episodes: with which K, tau and n are chosen.
-        reversals, taus, candidates: among what; of equally good ones the first.
+        reversals, taus, candidates: among what K, tau and n are chosen; of equally good ones the first.
         distilled: how many tasks are distilled, at most.
         successes: how many steered successes each is distilled from.
         works, hard: how many tasks reinforcement learning is tried on, of those where FRS works and of the others.
@@ -67,8 +66,6 @@ class SuiteSettings:
     learning: BCConfig = field(default_factory=lambda: replace(TRAINING, steps=25_000))
     low: float = 0.1
     regime: float = 0.4
-    choosing_tasks: int = 6
-    choosing_episodes: int = 10
     reversals: tuple[int, ...] = (5, 3, 10, 20)
     taus: tuple[float, ...] = (0.5, 0.3, 0.7, 0.9)
     candidates: tuple[int, ...] = (16, 4, 8)
@@ -86,6 +83,6 @@ class SuiteSettings:
         """Check family and numbers."""
         if self.family not in ("metaworld", "libero"):
             raise UnknownNameError("family with a split", self.family, ["metaworld", "libero"])
-        COUNT.check_all(self, "episodes", "expert_episodes", "demonstrations", "choosing_tasks", "choosing_episodes",
-                        "successes", "decisions", "rollouts", "workers")  # fmt: skip
+        COUNT.check_all(self, "episodes", "expert_episodes", "demonstrations", "successes",
+                        "decisions", "rollouts", "workers")  # fmt: skip
         SHARE.check_all(self, "low", "regime")

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from counterflow.errors import DatasetError
 from counterflow.experiments.compare import Contender
 from counterflow.experiments.critic import train_critic
 from counterflow.experiments.distill import distill
-from counterflow.experiments.generalist_suite.suite import Suite, partial, rank, reversal, slug
+from counterflow.experiments.generalist_suite.suite import Suite, slug
 from counterflow.experiments.record import record
-from counterflow.experiments.statistics import MeanRate
 from counterflow.files import write_json
 from counterflow.learning import ChunkCriticConfig, DSBCConfig
 from counterflow.steering import RegressorConfig
@@ -29,48 +27,16 @@ def base(suite: Suite) -> None:
         suite.evaluate("base", task, [Contender("base", "base")])
 
 
-def choose(suite: Suite) -> None:
-    """Choose K, tau and n on tasks that are in no table of steering."""
-    settings, tasks = suite.settings, suite.choosing()
-    grids: dict[str, dict[Any, Contender]] = {
-        "frs": {value: reversal(value) for value in settings.reversals},
-        "partial": {value: partial(value) for value in settings.taus},
-        "rank": {value: rank(value) for value in settings.candidates},
-    }
-    for task in tasks:
-        every = [contender for grid in grids.values() for contender in grid.values()]
-        suite.evaluate("choose", task, every, settings.choosing_episodes)
-    rates = suite.rates("choose")
-    means = {
-        method: {
-            value: MeanRate(tuple(rates[contender.label][task] for task in tasks)) for value, contender in grid.items()
-        }
-        for method, grid in grids.items()
-    }
-    write_json(
-        suite.results / "chosen.json",
-        {
-            "policy": suite.fingerprint,
-            "reasoner": suite.reasoner.to_json(),
-            "tasks": tasks,
-            "settings": {method: max(found, key=lambda value: found[value].rate) for method, found in means.items()},
-            "means": {
-                method: [{"setting": value, **rate.to_json()} for value, rate in found.items()]
-                for method, found in means.items()
-            },
-        },
-    )
-
-
 def zero_shot(suite: Suite) -> None:
-    """Steer every held-out task of the regime by all methods, the lowest base first."""
+    """Steer every held-out task of the regime by all methods with every setting, the lowest base first."""
+    every = [contender for grid in suite.grids.values() for contender in grid.values()]
     for task in suite.steered():
-        suite.evaluate("zero_shot", task, list(suite.contenders().values()))
+        suite.evaluate("zero_shot", task, every)
 
 
 def steered_successes(suite: Suite, task: str, successes: int, folder: str = "steered") -> Path | None:
     """Return the folder of a task's FRS rollouts, recorded as far as they are missing; None: too few succeed."""
-    out = suite.data / folder / f"{slug(task)}-{suite.chosen()['frs']}"
+    out = suite.data / folder / f"{slug(task)}-{suite.chosen(task)['frs']}"
     try:
         record(
             task,
@@ -78,7 +44,7 @@ def steered_successes(suite: Suite, task: str, successes: int, folder: str = "st
             out,
             successes=successes,
             seed=suite.settings.seed,
-            settings=suite.contenders()["frs"].settings,
+            settings=suite.contenders(task)["frs"].settings,
             reasoner=suite.reasoner,
             policy=suite.policy,
             device=suite.settings.device,
@@ -98,7 +64,7 @@ def distillation(suite: Suite) -> None:
         rollouts = steered_successes(suite, task, settings.successes)
         if rollouts is None:
             continue
-        found = suite.contenders()
+        found = suite.contenders(task)
         contenders = [found["base"], found["frs"]]
         for method in DISTILLED:
             learned = distilled(suite, rollouts, settings.successes, method)

@@ -20,7 +20,7 @@ from counterflow.policies import load
 from counterflow.steering import MethodSettings
 
 KINDS = ("held-out-goals", "held-out-pairs", "held-out-scenes")
-SEEDS: dict[str, int] = {"zero_shot": 0, "base": 1, "choose": 1, "distillation": 2, "guidance": 3}
+SEEDS: dict[str, int] = {"zero_shot": 0, "base": 1, "distillation": 2, "guidance": 3}
 """What is added to the seed: no table is made of the episodes by which its tasks were chosen."""
 GAIN = 0.1 - 1e-9
 """Ten points more than the base: what counts as a task where a method works."""
@@ -142,11 +142,6 @@ class Suite:
             )
         return {task: rates[task] for task in self.tasks}
 
-    def choosing(self) -> list[str]:
-        """The tasks on which K, tau and n are chosen: of the training split, those at which the generalist succeeds least."""
-        rates = self.base_rates()
-        return sorted(self.training, key=lambda task: (rates[task].rate, task))[: self.settings.choosing_tasks]
-
     def steered(self) -> list[str]:
         """The held-out tasks in the zero-shot table: those with base success in the regime, the lowest first."""
         rates = self.base_rates()
@@ -158,38 +153,73 @@ class Suite:
         rates = self.base_rates()
         return [task for task in self.steered() if rates[task].rate <= self.settings.low]
 
-    def chosen(self) -> dict[str, Any]:
-        """Return the chosen settings: "frs" K, "partial" tau, "rank" n.
+    @property
+    def grids(self) -> dict[str, dict[Any, Contender]]:
+        """What steers zero-shot, method by method, with each of its settings (K, tau, n); None where there is nothing to set."""
+        settings = self.settings
+        return {
+            "base": {None: Contender("base", "base")},
+            "direct": {None: Contender("direct", "direct")},
+            "partial": {value: partial(value) for value in settings.taus},
+            "rank": {value: rank(value) for value in settings.candidates},
+            "frs": {value: reversal(value) for value in settings.reversals},
+        }
+
+    def setting_rates(self) -> dict[str, dict[Any, dict[str, SuccessRate]]]:
+        """Return of every method and setting the rates on all tasks of the zero-shot table.
 
         Raises:
-            DatasetError: they were not chosen yet, or for another policy.
+            DatasetError: they were not measured yet.
         """
-        found = self.read("chosen")
-        if found is None or (found["policy"], found["reasoner"]) != (self.fingerprint, self.reasoner.to_json()):
-            raise DatasetError(
-                f"{self.results} holds no K, tau and n for this policy and reasoner. Run the stage 'choose' first."
-            )
-        return dict(found["settings"])
+        rates, tasks = self.rates("zero_shot"), self.steered()
+        found: dict[str, dict[Any, dict[str, SuccessRate]]] = {}
+        for method, grid in self.grids.items():
+            found[method] = {}
+            for value, contender in grid.items():
+                own = rates.get(contender.label, {})
+                missing = [task for task in tasks if task not in own]
+                if missing:
+                    raise DatasetError(
+                        f"{missing[0]} was not steered by {contender.label} yet, and the best settings for a task are found on "
+                        "the others. Run the stage 'zero_shot' to its end first."
+                    )
+                found[method][value] = {task: own[task] for task in tasks}
+        return found
 
-    def contenders(self) -> dict[str, Contender]:
-        """Return the five of the zero-shot table, with the chosen settings."""
-        chosen = self.chosen()
+    def chosen(self, task: str) -> dict[str, Any]:
+        """Return the settings for a task, "frs" K, "partial" tau, "rank" n: those with the best mean on the table's other tasks.
+
+        Raises:
+            DatasetError: they were not measured yet.
+        """
+
+        def elsewhere(rates: dict[str, SuccessRate]) -> float:
+            return sum(rate.rate for other, rate in rates.items() if other != task)
+
+        found = self.setting_rates()
         return {
-            "base": Contender("base", "base"),
-            "direct": Contender("direct", "direct"),
-            "partial": partial(chosen["partial"]),
-            "rank": rank(chosen["rank"]),
-            "frs": reversal(chosen["frs"]),
+            method: max(found[method], key=lambda value: elsewhere(found[method][value]))
+            for method in ("partial", "rank", "frs")
+        }
+
+    def contenders(self, task: str) -> dict[str, Contender]:
+        """Return the five of the zero-shot table, with the settings for a task."""
+        chosen = self.chosen(task)
+        return {method: grid[chosen.get(method)] for method, grid in self.grids.items()}
+
+    def steered_rates(self) -> dict[str, dict[str, SuccessRate]]:
+        """Return the zero-shot table: method -> task -> rate, each with the settings for that task."""
+        found, tasks = self.setting_rates(), self.steered()
+        chosen = {task: self.chosen(task) for task in tasks}
+        return {
+            method: {task: rates[chosen[task].get(method)][task] for task in tasks} for method, rates in found.items()
         }
 
     def zero_shot_gains(self) -> dict[str, tuple[float, float]]:
         """Return of every task in the zero-shot table FRS's success, and how much more that is than the base's."""
-        rates, label = self.rates("zero_shot"), self.contenders()["frs"].label
-        base, steered = rates.get("base", {}), rates.get(label, {})
-        missing = [task for task in self.steered() if task not in base or task not in steered]
-        if missing:
-            raise DatasetError(f"{missing[0]} was not steered yet. Run the stage 'zero_shot' to its end first.")
-        return {task: (steered[task].rate, steered[task].rate - base[task].rate) for task in self.steered()}
+        rates = self.steered_rates()
+        base, steered = rates["base"], rates["frs"]
+        return {task: (steered[task].rate, steered[task].rate - base[task].rate) for task in steered}
 
     def working(self) -> list[str]:
         """The tasks where FRS gains ten points or more, the greatest gain first."""
@@ -203,13 +233,13 @@ class Suite:
             (task for task in gains if task not in works), key=lambda task: (gains[task][0] == 0, gains[task][0], task)
         )[: self.settings.hard]
 
-    def asked_of_learning(self) -> dict[str, Any]:
-        """Return what must agree for a result of reinforcement learning to count."""
+    def asked_of_learning(self, task: str) -> dict[str, Any]:
+        """Return what must agree for a result of reinforcement learning on a task to count."""
         settings = self.settings
         return {
             "policy": self.fingerprint,
             "reasoner": self.reasoner.to_json(),
-            "steps": self.chosen()["frs"],
+            "steps": self.chosen(task)["frs"],
             "decisions": settings.decisions,
             "seeds": list(settings.learning_seeds),
             "taught": True,  # DSRL + FRS imitates a noise policy; results from before it did don't count
