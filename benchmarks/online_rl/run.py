@@ -282,19 +282,10 @@ def hardly(job: Job) -> None:
             trained(job, "hardly", "DSRL", task, "dsrl", plain_dsrl())
         both = online_preset("dsrl", "small", taught=True)
         changes: dict[str, Any] = {"successes_only": True, "first": 1}
-        trained(
-            job,
-            "hardly",
-            "DSRL + FRS, first noise policy",
-            task,
-            "dsrl",
-            both,
-            one,
-            distilled(task, one=True),
-            **changes,
-        )
-        changes["reteach_every"] = RETAUGHT
-        trained(job, "hardly", "DSRL + FRS", task, "dsrl", both, one, distilled(task, one=True), **changes)
+        teaching = distilled(task, one=True)
+        trained(job, "hardly", "DSRL + FRS", task, "dsrl", both, one, teaching, **changes)
+        again = "DSRL + FRS, distilled again"
+        trained(job, "hardly", again, task, "dsrl", both, one, teaching, reteach_every=RETAUGHT, **changes)
 
 
 def rfs(job: Job) -> None:
