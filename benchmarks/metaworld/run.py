@@ -24,7 +24,7 @@ SETTINGS = SuiteSettings(family="metaworld", gripper="hold", learning=replace(TR
 DIFFERS = Differs(
     generalist="an object-centric transformer of about a million parameters, trained here on scripted demonstrations",
     observation="where the objects and the goal are, the robot's state, a sentence",
-    reasoner="the task's scripted expert, reduced to one axis and a gripper command",
+    reasoner="the task's scripted expert, reduced to one axis; nothing of the gripper",
 )
 
 if __name__ == "__main__":

@@ -452,6 +452,8 @@ class TestTaught:
             train("residual", out, noise_policy=sources["noise_policy"])
         with pytest.raises(InvalidInputError, match="nothing imitates it"):
             train("dsrl", out, run, config=replace(CONFIGS["dsrl"], imitation=0), **sources)
+        with pytest.raises(InvalidInputError, match="reteach_every is 8"):
+            train("dsrl", out, replace(run, reteach_every=8), **sources)
         for name in ("dsrl", "residual"):
             with pytest.raises(InvalidInputError, match="there is none"):
                 train(name, out, run, config=replace(CONFIGS[name], bc_from="teacher"))

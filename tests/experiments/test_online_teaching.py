@@ -109,3 +109,13 @@ def test_they_come_back_the_same(prior: FlowPolicy, replay: Replay, rng: torch.G
     assert other.teach_again(replay, 30) == []
     with pytest.raises(CheckpointError, match="the noise policy and seeds that the run began with"):
         other.restore({"known": torch.tensor([1, 1])})
+
+
+def test_an_intention_is_left_out(prior: FlowPolicy, replay: Replay, rng: torch.Generator) -> None:
+    first = teachers(prior).each[0]
+    first.intention = teachers(prior).each[0]
+    made, other = (Teachers(first, teachers(prior).space, [0, 1], known=1) for _ in range(2))
+    play(replay, (-2.0, 2.0), (False, True), rng)
+    made.teach_again(replay, 20)
+    other.restore(made.state())  # of which one was distilled again, without an intention
+    assert first.intention is not None

@@ -10,6 +10,7 @@ from typing import Any
 from counterflow.errors import DatasetError
 from counterflow.experiments.figures import success_bars, success_curve
 from counterflow.experiments.generalist_suite import GAIN, Suite, slug
+from counterflow.experiments.generalist_suite.suite import best_elsewhere
 from counterflow.experiments.statistics import Difference, MeanRate, SuccessRate
 from counterflow.files import write_between
 
@@ -146,7 +147,7 @@ def report_choose(suite: Suite) -> str:
     found = suite.setting_rates()
     names = {"frs": "FRS, K", "partial": "partial noising, tau", "rank": "sample-and-rank, n"}
     tasks = suite.steered()
-    chosen = [suite.chosen(task) for task in tasks]
+    chosen = [best_elsewhere(found, task) for task in tasks]
     lines = [f"| setting | mean success of {len(tasks)} | chosen for |", "| --- | ---: | ---: |"]
     for method, name in names.items():
         for value in sorted(found[method]):

@@ -177,6 +177,11 @@ def train_online(
         )
     settings = OnlineRun() if settings is None else settings
     _check_sources(algorithm, config, prefill_from, noise_policy, record_to)
+    if settings.reteach_every and (isinstance(config, RFSConfig) or config.bc_from != "teacher"):
+        raise InvalidInputError(
+            f"reteach_every is {settings.reteach_every}, and no noise policy is imitated that could be distilled again. "
+            "Give dsrl a noise policy and bc_from 'teacher', or leave it at 0."
+        )
     device = as_device(device)
     prior = load_prior(env, policy, str(device))
     loose = settings.space(algorithm, prior)

@@ -38,6 +38,9 @@ class Teachers:
 
     def __init__(self, first: ChunkRegressor, space: SteeringSpace, seeds: list[int], known: int) -> None:
         self.space, self.seeds = space, seeds
+        if first.intention is not None:  # it is not imitated, nor distilled again
+            first = copy.deepcopy(first)
+            first.intention = None
         self.each = [first] * len(seeds)
         self.known = [known] * len(seeds)
 

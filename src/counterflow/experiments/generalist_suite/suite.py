@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -192,15 +192,7 @@ class Suite:
         Raises:
             DatasetError: they were not measured yet.
         """
-
-        def elsewhere(rates: dict[str, SuccessRate]) -> float:
-            return sum(rate.rate for other, rate in rates.items() if other != task)
-
-        found = self.setting_rates()
-        return {
-            method: max(found[method], key=lambda value: elsewhere(found[method][value]))
-            for method in ("partial", "rank", "frs")
-        }
+        return best_elsewhere(self.setting_rates(), task)
 
     def contenders(self, task: str) -> dict[str, Contender]:
         """Return the five of the zero-shot table, with the settings for a task."""
@@ -210,7 +202,7 @@ class Suite:
     def steered_rates(self) -> dict[str, dict[str, SuccessRate]]:
         """Return the zero-shot table: method -> task -> rate, each with the settings for that task."""
         found, tasks = self.setting_rates(), self.steered()
-        chosen = {task: self.chosen(task) for task in tasks}
+        chosen = {task: best_elsewhere(found, task) for task in tasks}
         return {
             method: {task: rates[chosen[task].get(method)][task] for task in tasks} for method, rates in found.items()
         }
@@ -256,6 +248,22 @@ class Suite:
             key=lambda task: (abs(rates[task].rate - 0.5), task),
         )[: 2 * self.settings.guided]
         return even[::2], even[1::2]
+
+
+def best_elsewhere(rates: Mapping[str, Mapping[Any, Mapping[str, SuccessRate]]], task: str) -> dict[str, Any]:
+    """Return of each method that has settings the one with the best mean on all tasks but this one.
+
+    Args:
+        rates: method -> setting -> task -> rate.
+        task: the one that does not count.
+    """
+
+    def elsewhere(own: Mapping[str, SuccessRate]) -> float:
+        return sum(rate.rate for other, rate in own.items() if other != task)
+
+    return {
+        method: max(own, key=lambda value: elsewhere(own[value])) for method, own in rates.items() if None not in own
+    }
 
 
 def slug(task: str) -> str:
