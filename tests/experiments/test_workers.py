@@ -10,6 +10,12 @@ from counterflow.errors import InvalidInputError, WorkerError
 from counterflow.experiments.workers import in_workers
 
 
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """A worker imports this module by its name, which pytest alone knows unless the path says where it is."""
+    monkeypatch.syspath_prepend(request.config.rootpath)
+
+
 def square(number: int) -> tuple[int, int, str]:
     return number**2, os.getpid(), os.environ["OMP_NUM_THREADS"]
 
@@ -36,7 +42,7 @@ def test_nothing_to_do() -> None:
 
 
 def test_a_worker_that_dies_is_told_of() -> None:
-    with pytest.raises(WorkerError, match="run the same again"):
+    with pytest.raises(WorkerError, match="died at 2.*run the same again"):
         list(in_workers(die_at_two, range(4), workers=1, each=4))
 
 
