@@ -50,6 +50,7 @@ def steered_successes(suite: Suite, task: str, successes: int, folder: str = "st
             device=suite.settings.device,
             num_envs=suite.settings.num_envs,
             max_episodes=MOST_TRIES if successes == 1 else 20 * successes,
+            inversion="exact",  # the smallest noise would be searched by gradients through K steps of a transformer
         )
     except DatasetError as error:
         suite.log(f"{task}: {error}")
