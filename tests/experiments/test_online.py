@@ -19,7 +19,6 @@ import counterflow.experiments.online as module
 import counterflow.experiments.online_agents as agents
 from counterflow.cli_options import load_learned
 from counterflow.data import SteeringDataset, SteeringEpisode
-from counterflow.data.replay import Replay
 from counterflow.envs import VectorEnv
 from counterflow.errors import (
     DatasetError,
@@ -427,8 +426,8 @@ class TestTaught:
         taught: list[int] = []
         original = Teachers.teach_again
 
-        def again(self: Teachers, replay: Replay, decision: int) -> list[int]:
-            taught.extend(original(self, replay, decision))
+        def again(self: Teachers, decision: int) -> list[int]:
+            taught.extend(original(self, decision))
             return taught
 
         monkeypatch.setattr(Teachers, "teach_again", again)

@@ -221,16 +221,6 @@ class Replay:
             self._lists = [own, [places[places < self.prefilled] for places in own]]
         return self._lists[int(prefilled_only)]
 
-    def successful(self, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what a seed saw (N, F) and did (N, D) in successful episodes, and the number of each decision's episode (N,).
-
-        Args:
-            seed: its place, from 0 to S - 1.
-        """
-        places = self.successes()[seed]
-        shown, acted = (self._columns[name][seed, places] for name in ("observations", "actions"))
-        return shown, acted, self._episode[seed, places]
-
     def draw(self, rngs: Sequence[torch.Generator], updates: int, batch_size: int, mix: Mix) -> Tensor:
         """Draw decisions for several updates, (U, S, B), with replacement.
 

@@ -35,9 +35,12 @@ from counterflow.envs import VectorEnv, make_env
 from counterflow.errors import InvalidInputError, MismatchError, TrainingError, UnknownNameError
 from counterflow.experiments.evaluate import load_prior, machine, policy_name
 from counterflow.experiments.figures import success_curve
+from counterflow.experiments.inversion import InversionSettings
 from counterflow.experiments.online_agents import Agent, OffPolicyAgent, RFSAgent, starting, starting_std, under
 from counterflow.experiments.online_data import Prefilled, Recording, prefill
 from counterflow.experiments.online_settings import CONFIGS, Config, OnlineRun
+from counterflow.experiments.online_teaching import Teachers, successes_in
+from counterflow.experiments.record import arrays_of
 from counterflow.experiments.rollout import run_episodes
 from counterflow.experiments.run import Run, read_config
 from counterflow.experiments.statistics import SuccessRate
@@ -212,6 +215,13 @@ def train_online(
             if tight.bound != loose.bound:  # the noises decide on the bound, and the bound clips them
                 data = prefill(prefill_from, tight, env, **options)
             loose = tight
+        teachers = None
+        if teacher is not None:
+            known = []
+            if settings.reteach_every and prefill_from is not None:
+                only = settings.successes_only
+                known = successes_in(prefill_from, env, settings.first or None, successes_only=only)
+            teachers = Teachers(teacher, loose, list(seeds), known)
         with ExitStack() as open_ones:
             recording = None
             if record_to is not None:
@@ -223,7 +233,7 @@ def train_online(
                 recording = open_ones.enter_context(Recording(record_to, loose, about, list(seeds), settings.num_envs))
             vector = open_ones.enter_context(make_env(env, settings.num_envs * len(seeds), workers=workers))
             training = _Training(
-                algorithm, vector, loose, folder, config, settings, list(seeds), device, data, recording, teacher
+                algorithm, vector, loose, folder, config, settings, list(seeds), device, data, recording, teachers
             )
             return training.go(on_progress)
 
@@ -292,7 +302,7 @@ class _Training:
         device: torch.device,
         data: Prefilled | None,
         recording: Recording | None = None,
-        teacher: ChunkRegressor | None = None,
+        teachers: Teachers | None = None,
     ) -> None:
         self.algorithm, self.vector, self.space, self.folder = algorithm, vector, space, folder
         self.config, self.settings, self.seeds, self.data = config, settings, seeds, data
@@ -304,7 +314,7 @@ class _Training:
             streams,
             discount=config.discount,
             reward=settings.reward,
-            recording=recording is not None,
+            recording=recording is not None or bool(settings.reteach_every),
         )
         self.rows.begin()
         self.agent: Agent
@@ -317,8 +327,9 @@ class _Training:
         self.recent: list[list[float]] = [[] for _ in seeds]
         self.steps_of = [0] * len(seeds)
         self.success: dict[int, float] = {}
-        if teacher is not None and isinstance(self.agent, OffPolicyAgent):
-            self.agent.taught_by(teacher)
+        self.teachers = teachers
+        if teachers is not None and isinstance(self.agent, OffPolicyAgent):
+            self.agent.taught_by(teachers)
         self.reported: list[dict[str, Tensor]] = []  # what was learned since the last report
 
     def go(self, on_progress: Callable[[OnlineProgress], None] | None) -> OnlineTrained:
@@ -336,8 +347,8 @@ class _Training:
         while self.decision < settings.decisions:
             before = self.decision
             self._turn()
-            if self._due(before, settings.reteach_every) and isinstance(agent, OffPolicyAgent):
-                agent.teach_again(self.decision)
+            if self.teachers is not None and self._due(before, settings.reteach_every):
+                self.teachers.teach_again(self.decision)
             self.ledger.seconds = spent + time.perf_counter() - began
             last = self.decision >= settings.decisions
             if self._due(before, settings.report_every) or last:
@@ -360,7 +371,8 @@ class _Training:
 
     def _turn(self) -> None:
         """Make one decision on every row, and learn from it."""
-        rows, agent, streams = self.rows, self.agent, self.settings.num_envs
+        settings, rows, agent = self.settings, self.rows, self.agent
+        streams = settings.num_envs
         shown = rows.shown
         actions = agent.act(rows, self.decision)
         made = rows.step(actions)
@@ -372,6 +384,9 @@ class _Training:
         for row in done:
             if self.recording is not None:
                 self.recording.keep(rows, row, success=bool(made.success[row]))
+            if self.teachers is not None and settings.reteach_every and bool(made.success[row]):
+                of_steps = InversionSettings.of(settings.inversion, self.space.steps)
+                self.teachers.see(row // streams, arrays_of(rows.decisions[row]), of_steps)
             recent = self.recent[row // streams]
             recent.append(float(made.success[row]))
             del recent[:-RECENT]

@@ -31,7 +31,6 @@ from counterflow.steering import (
     ActorConfig,
     AnchorsConfig,
     AnchorsCritic,
-    ChunkRegressor,
     Proposals,
     Reference,
     SteeredPolicy,
@@ -165,15 +164,9 @@ class OffPolicyAgent(Agent):
             return AliasingLearner(sizes, config, self.seeds, self.device, decode=decode, rest=rest)
         return DSRLLearner(sizes, config, self.seeds, self.device)
 
-    def taught_by(self, teacher: ChunkRegressor) -> None:
-        """Let actors imitate a noise policy; to be said before anything is learned."""
-        known = len(self.replay.successful(0)[2].unique())
-        self.teachers = self.learner.teacher = Teachers(teacher, self.space, self.seeds, known)
-
-    def teach_again(self, decision: int) -> None:
-        """Distil the noise policies that are imitated again, from each seed's successes after so many decisions."""
-        if self.teachers is not None:
-            self.teachers.teach_again(self.replay, decision)
+    def taught_by(self, teachers: Teachers) -> None:
+        """Let actors imitate noise policies; to be said before anything is learned."""
+        self.teachers = self.learner.teacher = teachers
 
     def act(self, rows: SteeredRows, decision: int) -> Tensor:
         """Return actions (N, D): the base's own in the warm-up, or those of an actor that was taught, then the learner's."""

@@ -52,6 +52,8 @@ class OnlineRun:
         reasoner_error: of the reasoner that either of these two asks, the probability that its direction is wrong.
         reteach_every: of DSRL that imitates a noise policy: decisions of a seed after which this is distilled again, for each
             seed from all of its successes so far (`online_teaching.Teachers`); 0: it stays as it was given.
+        inversion: how the noise of every step that was executed in those successes is found: "regularised" (the easiest to
+            learn), or "exact", where the flow is a large network and gradients through it cost too much.
         particles: of the anchors, noises for each.
         spread: of the anchors, their standard deviation.
         start_episodes: with how many episodes the steered start is compared with the base policy; 0: not at all.
@@ -83,6 +85,7 @@ class OnlineRun:
     reasoner: bool = False
     reasoner_error: float = 0.0
     reteach_every: int = 0
+    inversion: Literal["regularised", "exact"] = "regularised"
     particles: int = 8
     spread: float = 0.5
     start_episodes: int = 20
@@ -98,6 +101,7 @@ class OnlineRun:
             self, or_zero=("first", "reteach_every", "start_episodes", "evaluate_every", "episodes", "final_episodes")
         )
         SHARE.check_all(self, "reasoner_error")
+        check_name("inversion", self.inversion, Literal["regularised", "exact"])
         if not self.residual_bound:
             raise InvalidInputError(
                 "no residual bound was given; expected one number, or one for each action dimension."
