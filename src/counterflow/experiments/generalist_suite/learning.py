@@ -83,7 +83,7 @@ def _learn(
     known = suite.read(f"rl/{name}")
     if known is not None and known["asked"] == asked:
         return
-    every = max(1, settings.decisions // 6)
+    every = max(1, settings.decisions // 4)  # an evaluation of failing episodes takes as long as 250 decisions
     config, run = preset
     if not isinstance(config, RFSConfig):
         config = replace(config, warmup=min(config.warmup, every))
