@@ -17,6 +17,9 @@ from counterflow.learning.dsrl import DSRLConfig
 from counterflow.learning.rfs import RFSConfig
 from counterflow.steering import MethodSettings
 
+# Noise policies are distilled again as successes are found; exact inversion, as for their recordings.
+AGAIN: dict[str, Any] = {"reteach_every": 150, "inversion": "exact"}
+
 
 def reinforcement(suite: Suite) -> None:
     """Learn online where FRS works (from its successes), and where it hardly does (from one)."""
@@ -28,7 +31,7 @@ def reinforcement(suite: Suite) -> None:
         steered = steered_successes(suite, task, settings.successes)
         if steered is not None:
             taught = distilled(suite, steered, settings.successes)
-            _learn(suite, "works", task, "DSRL + FRS", "dsrl", preset, steered, taught)
+            _learn(suite, "works", task, "DSRL + FRS", "dsrl", preset, steered, taught, **AGAIN)
     for task in suite.hardest():
         alone = _alone(suite, task)
         _learn(suite, "hard", task, "residual", "residual", online_preset("residual", "small"), alone)
@@ -36,7 +39,9 @@ def reinforcement(suite: Suite) -> None:
         one = steered_successes(suite, task, 1, "one")
         if one is not None:
             taught = distilled(suite, one, 1)
-            _learn(suite, "hard", task, "DSRL + FRS", "dsrl", preset, one, taught, successes_only=True, first=1)
+            _learn(
+                suite, "hard", task, "DSRL + FRS", "dsrl", preset, one, taught, successes_only=True, first=1, **AGAIN
+            )
 
 
 def _alone(suite: Suite, task: str) -> Path:
