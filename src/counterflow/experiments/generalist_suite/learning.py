@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from counterflow.experiments.generalist_suite.steering import distilled, steered_successes
+from counterflow.experiments.generalist_suite.steering import DSBC, distilled, steered_successes
 from counterflow.experiments.generalist_suite.suite import Suite, slug
 from counterflow.experiments.online import OnlineProgress, train_online
 from counterflow.experiments.online_settings import Config, OnlineRun, online_preset
@@ -17,8 +17,8 @@ from counterflow.learning.dsrl import DSRLConfig
 from counterflow.learning.rfs import RFSConfig
 from counterflow.steering import MethodSettings
 
-# Noise policies are distilled again as successes are found; exact inversion, as for their recordings.
-AGAIN: dict[str, Any] = {"reteach_every": 150, "inversion": "exact"}
+# Noise policies are distilled again as successes are found; inversion and bound as for the first ones.
+AGAIN: dict[str, Any] = {"reteach_every": 150, "inversion": "exact", "bound": DSBC.regressor.bound}
 
 
 def reinforcement(suite: Suite) -> None:
