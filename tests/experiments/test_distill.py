@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -341,3 +342,20 @@ class TestDistill:
                 examples_of(path, NOISE)
         file.write_bytes(whole)
         assert isinstance(examples_of(path, NOISE), NoiseExamples)
+
+
+def test_a_bound_that_cuts_off_what_is_to_be_learned_is_said(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+
+    def noises(scale: float) -> Arrays:
+        return {"step_noise": (scale * rng.uniform(-1, 1, (8, 3, 2))).astype(np.float32)}
+
+    wide = recorded(tmp_path / "wide", "ss", **noises(6.0))
+    with pytest.warns(UserWarning, match=r"(4|5)\d% of the numbers .* beyond the bound of 3.0"):
+        made = distill([wide], tmp_path / "made", NOISE)
+    assert 0.4 < made.provenance["cut"] < 0.6
+    narrow = recorded(tmp_path / "narrow", "ss", **noises(3.1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        distill([narrow], tmp_path / "made", NOISE)
+        distill([wide], tmp_path / "made", replace(NOISE, regressor=replace(NOISE.regressor, bound=None)))

@@ -208,6 +208,8 @@ class DSBCLearner:
         self.config, self.step = config, 0
         inputs = torch.from_numpy(examples.inputs)
         targets = config.regressor.latent.project(torch.from_numpy(examples.targets)).flatten(1)
+        bound = config.regressor.bound
+        self.cut = 0.0 if bound is None else float((targets.abs() > bound).float().mean())
         if initial is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(child_seed(seed, "weights"))
@@ -278,9 +280,10 @@ class DSBCLearner:
         return self.regressor.requires_grad_(False).eval()
 
     def provenance(self) -> dict[str, Any]:
-        """Return what is worth recording about the training, as plain values."""
+        """Return what is worth recording about the training, as plain values; `cut` is what the bound cuts of the targets."""
         held_out = [round(float(loss), 6) for loss in self.held_out.loss if torch.isfinite(loss)]
-        return {"updates": self.step, "held_out_loss": held_out, "examples": len(self._inputs)}
+        found = {"updates": self.step, "held_out_loss": held_out, "examples": len(self._inputs)}
+        return {**found, "cut": round(self.cut, 4)}
 
 
 def _copy_of(initial: ChunkRegressor, binding: Binding, wanted: RegressorConfig) -> ChunkRegressor:

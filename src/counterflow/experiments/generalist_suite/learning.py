@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from counterflow.experiments.generalist_suite.steering import distilled, steered_successes
+from counterflow.experiments.generalist_suite.steering import DSBC, distilled, steered_successes
 from counterflow.experiments.generalist_suite.suite import Suite, slug
 from counterflow.experiments.online import OnlineProgress, train_online
 from counterflow.experiments.online_settings import Config, OnlineRun, online_preset
@@ -16,6 +16,9 @@ from counterflow.files import write_json
 from counterflow.learning.dsrl import DSRLConfig
 from counterflow.learning.rfs import RFSConfig
 from counterflow.steering import MethodSettings
+
+# Noise policies are distilled again as successes are found; inversion and bound as for the first ones.
+AGAIN: dict[str, Any] = {"reteach_every": 150, "inversion": "exact", "bound": DSBC.regressor.bound}
 
 
 def reinforcement(suite: Suite) -> None:
@@ -28,7 +31,7 @@ def reinforcement(suite: Suite) -> None:
         steered = steered_successes(suite, task, settings.successes)
         if steered is not None:
             taught = distilled(suite, steered, settings.successes)
-            _learn(suite, "works", task, "DSRL + FRS", "dsrl", preset, steered, taught)
+            _learn(suite, "works", task, "DSRL + FRS", "dsrl", preset, steered, taught, **AGAIN)
     for task in suite.hardest():
         alone = _alone(suite, task)
         _learn(suite, "hard", task, "residual", "residual", online_preset("residual", "small"), alone)
@@ -36,7 +39,9 @@ def reinforcement(suite: Suite) -> None:
         one = steered_successes(suite, task, 1, "one")
         if one is not None:
             taught = distilled(suite, one, 1)
-            _learn(suite, "hard", task, "DSRL + FRS", "dsrl", preset, one, taught, successes_only=True, first=1)
+            _learn(
+                suite, "hard", task, "DSRL + FRS", "dsrl", preset, one, taught, successes_only=True, first=1, **AGAIN
+            )
 
 
 def _alone(suite: Suite, task: str) -> Path:
@@ -83,7 +88,7 @@ def _learn(
     known = suite.read(f"rl/{name}")
     if known is not None and known["asked"] == asked:
         return
-    every = max(1, settings.decisions // 6)
+    every = max(1, settings.decisions // 4)  # an evaluation of failing episodes takes as long as 250 decisions
     config, run = preset
     if not isinstance(config, RFSConfig):
         config = replace(config, warmup=min(config.warmup, every))

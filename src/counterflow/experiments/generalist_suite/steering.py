@@ -15,7 +15,8 @@ from counterflow.files import write_json
 from counterflow.learning import ChunkCriticConfig, DSBCConfig
 from counterflow.steering import RegressorConfig
 
-DSBC = DSBCConfig()
+# Of the noises of references that are moved far, up to a third lies beyond the default bound of 3.
+DSBC = DSBCConfig(RegressorConfig(bound=8.0))
 BC = replace(DSBC, regressor=RegressorConfig(target="action", bound=None))
 DISTILLED = {"bc": BC, "dsbc": DSBC}
 MOST_TRIES = 100  # episodes in which one success of a hard task is looked for
@@ -82,7 +83,9 @@ def distilled(suite: Suite, rollouts: Path, successes: int, method: str = "dsbc"
         successes: how many of it.
         method: "dsbc" or "bc".
     """
-    out = suite.data / "distilled" / f"{rollouts.name}-{successes}-{method}.safetensors"
+    bound = DISTILLED[method].regressor.bound
+    kind = method if bound is None else f"{method}-{bound:g}"
+    out = suite.data / "distilled" / f"{rollouts.name}-{successes}-{kind}.safetensors"
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         distill([rollouts], out, DISTILLED[method], first=successes, seed=suite.settings.seed)

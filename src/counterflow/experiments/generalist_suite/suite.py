@@ -234,7 +234,7 @@ class Suite:
             "steps": self.chosen(task)["frs"],
             "decisions": settings.decisions,
             "seeds": list(settings.learning_seeds),
-            "taught": True,  # DSRL + FRS imitates a noise policy; results from before it did don't count
+            "taught": "again",  # DSRL + FRS imitates noise policies that are distilled again; earlier results don't count
         }
 
     def critics_tasks(self) -> tuple[list[str], list[str]]:
