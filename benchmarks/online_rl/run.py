@@ -61,7 +61,7 @@ RETAUGHT = 150  # decisions after which a noise policy that began with one succe
 # What is swept begins as the noise policy of twenty successes: in a budget that eleven rows can have, plain DSRL finds too few
 # successes of its own for any setting to show.
 SWEPT = "ogbench/cube-single-task5"
-SWEPT_DECISIONS = 900
+SWEPT_DECISIONS = 600
 UNCHANGED = f"sac, full, bound {SHOWN_BOUND:g}"  # the row that the three sweeps share
 ROLLOUTS = 20
 CORRECTED = 30  # episodes with an expert at hand
