@@ -166,7 +166,10 @@ TAUGHT_RUN: dict[str, Any] = {"bound": 4.0}
 SMALL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dsrl": ({**SMALL_SAC, "bc_weight": 0.5, "distill_steps": 4}, {"bound": 2.0}),
     "residual": (SMALL_SAC, {"residual_bound": (0.3,)}),
-    "rfs": ({"rollout": 64}, {"residual_bound": (0.3,), "num_envs": 8, "decisions": 20_000}),
+    "rfs": (
+        {"rollout": 64, "learning_rate": 1e-3, "value_learning_rate": 3e-3},
+        {"residual_bound": (0.3,), "num_envs": 8, "decisions": 20_000},
+    ),
 }
 # DSRL's released settings: SAC variant on pi0, noise aliasing in simulation; RFS as far as it is known (its own table could not
 # be found; an independent re-implementation's networks). A residual of 0.3 is 1.5 cm in OGBench.
