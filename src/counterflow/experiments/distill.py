@@ -151,7 +151,7 @@ def distill(
     if cut > MOST_CUT:
         warnings.warn(
             f"{100 * cut:.0f}% of the numbers that are to be learned lie beyond the bound of {bound}, where they are cut off. "
-            "Give a larger one (--regressor.bound 8), or None.",
+            "Try a larger one (--regressor.bound 8), or None.",
             stacklevel=2,
         )
     regressor.provenance = {
