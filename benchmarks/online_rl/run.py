@@ -107,7 +107,7 @@ class Arguments:
     methods: tuple[str, ...] = ()
     """And for these methods, by their names in the table; none: for all."""
     decisions: int = DECISIONS
-    """Chunks of each seed."""
+    """Chunks of each seed; the sweeps have fewer, RFS more."""
     episodes: int = 10
     """Of an evaluation on the way, each seed."""
     final_episodes: int = 50
@@ -228,7 +228,7 @@ def plain_dsrl(variant: Variant = "sac") -> tuple[Config, OnlineRun]:
 def references(job: Job) -> None:
     """Run what online learning is compared with: base, FRS with both reasoners, and DSBC from the better one's rollouts."""
     episodes = job.arguments.final_episodes
-    for task in job.tasks(tuple(dict.fromkeys((*WORKS, *HARDLY)))):
+    for task in job.tasks(tuple(dict.fromkeys((*WORKS, *HARDLY, *RFS_TASKS)))):
         path = RESULTS / "references" / f"{short(task)}.json"
         found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         wanted = ["base", *(["FRS", "DSBC"] if task in WORKS else [])]
@@ -346,6 +346,7 @@ def offline(job: Job) -> None:
 def swept(job: Job, stage: str, label: str, variant: Variant = "sac", **changes: Any) -> None:
     """Run DSRL + FRS on one task with something changed."""
     preset = online_preset("dsrl", "small", variant, taught=True)
+    changes = {"bound": SHOWN_BOUND, **changes}
     steered, taught = recording(SWEPT, "frs", ROLLOUTS, ERRING), distilled(SWEPT)
     shorter = min(SWEPT_DECISIONS, job.arguments.decisions)
     every = shorter // EVALUATIONS

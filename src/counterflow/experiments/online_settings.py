@@ -51,7 +51,7 @@ class OnlineRun:
         reasoner: of the anchors, whether a reasoner's word counts.
         reasoner_error: of the reasoner that either of these two asks, the probability that its direction is wrong.
         reteach_every: of DSRL that imitates a noise policy: decisions of a seed after which this is distilled again, for each
-            seed from all of its successes so far (`online_teaching.Teachers`); 0: it stays as it was given.
+            seed from the quicker half of its successes so far (`online_teaching.Teachers`); 0: it stays as it was given.
         inversion: how the noise of every step that was executed in those successes is found: "regularised" (the easiest to
             learn), or "exact", where the flow is a large network and gradients through it cost too much.
         particles: of the anchors, noises for each.
