@@ -152,14 +152,8 @@ def test_tables(steered: Suite) -> None:
     measured(steered, "distillation", {HELD[0]: counts, HELD[2]: counts})
     for label, rate in (("DSRL", 0.25), ("DSRL + FRS", 0.75), ("residual", 0.5)):
         curves = {"0": [{"decisions": 30, "success_rate": rate, "episodes": 20}]}
-        asked = {
-            "policy": "ours",
-            "reasoner": steered.reasoner.to_json(),
-            "steps": 10,
-            "decisions": SETTINGS.decisions,
-            "seeds": [0],
-            "taught": True,
-        }
+        asked = steered.asked_of_learning(HELD[0])
+        assert (asked["policy"], asked["steps"], asked["decisions"]) == ("ours", 10, SETTINGS.decisions)
         content = {"asked": asked, "kind": "works", "task": HELD[0], "label": label, "curves": curves}
         write_json(steered.results / "rl" / f"{label}.json", content)
     document = steered.folder / "README.md"

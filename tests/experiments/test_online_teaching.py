@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from counterflow.errors import CheckpointError
+from counterflow.errors import CheckpointError, MismatchError
 from counterflow.experiments.inversion import InversionSettings
 from counterflow.experiments.online_teaching import Success, Teachers
 from counterflow.flow import denoise
@@ -69,6 +69,7 @@ def test_every_executed_step_is_an_example_whose_noise_gives_what_was_executed(
     with torch.no_grad():
         chunks = prior.action_spec.denormalise(denoise(bind(prior, prior.encode(observations)), noises, 3))
     arrays: dict[str, Any] = {"step_observations": observations.numpy(), "step_actions": chunks[:, 0].numpy()}
+    arrays["executed"] = np.full(steps, 1)
     made.see(1, arrays, InversionSettings.of("exact", 3))
     (found,) = made.found[1]
     assert (made.found[0], found.steps) == ([], steps)
@@ -86,10 +87,14 @@ def test_where_no_noise_of_steps_was_recorded_decisions_teach() -> None:
         "features": np.ones((3, SEEN), np.float32),
         "noise": np.ones((3, 2, 5), np.float32),
         "start_time": np.array([0.0, 0.4, 0.0], np.float32),
-        "step_actions": np.ones((9, 2), np.float32),
+        "executed": np.full(3, 3),
     }
     found = Success.of(arrays, 2)
     assert (found.shown.shape, found.noises.shape, found.steps) == ((2, SEEN), (2, 2, 2), 9)
+    short = {**arrays, "step_noise": np.zeros((1, 2, 2)), "step_noise_valid": np.zeros(1, bool)}
+    assert len(Success.of(short, 2).shown) == 2  # an episode that is shorter than a chunk, too
+    with pytest.raises(MismatchError, match="without features"):
+        Success.of({name: value for name, value in arrays.items() if name != "features"}, 2)
 
 
 def test_what_nobody_decides_on_is_not_taught(prior: FlowPolicy, rng: torch.Generator) -> None:

@@ -147,13 +147,6 @@ def distill(
     parts = [examples_of(path, config, env=env, first=first, windows=windows) for path in paths]
     examples = join(parts, [str(path) for path in paths])
     regressor = distil(examples, config, seed=seed, device=device, initial=initial, on_progress=on_progress)
-    cut, bound = regressor.provenance["cut"], config.regressor.bound
-    if cut > MOST_CUT:
-        warnings.warn(
-            f"{100 * cut:.0f}% of the numbers that are to be learned lie beyond the bound of {bound}, where they are cut off. "
-            "Give a larger one (--regressor.bound 8), or None.",
-            stacklevel=2,
-        )
     regressor.provenance = {
         "algorithm": "dsbc" if config.regressor.target == "noise" else "bc on the same data",
         "datasets": [Path(path).name for path in paths],
@@ -164,4 +157,11 @@ def distill(
         **regressor.provenance,
     }
     regressor.save(out)
+    cut, bound = regressor.provenance["cut"], config.regressor.bound
+    if bound is not None and cut > MOST_CUT:
+        warnings.warn(
+            f"{100 * cut:.0f}% of the numbers that are to be learned lie beyond the bound of {bound}, where they are cut off. "
+            f"Try a larger one (--regressor.bound {3 * bound:g}), or None.",
+            stacklevel=2,
+        )
     return regressor

@@ -71,7 +71,8 @@ class Ledger:
 
     Attributes:
         environment_steps: executed actions.
-        field_evaluations: of the frozen flow, rows counted.
+        field_evaluations: of the frozen flow, rows counted; without the inversions of `reteach_every`, some thousand rows for
+            each success.
         reasoner_queries: questions to the reasoner.
         updates: gradient updates of each seed.
         episodes: finished ones.
@@ -199,7 +200,7 @@ def train_online(
         "prefill": None if prefill_from is None else str(prefill_from),
         "noise_policy": None if noise_policy is None else str(noise_policy),
         "record": None if record_to is None else str(record_to),
-        "run": asdict(settings),
+        "run": _described(settings),
         **asdict(config),
     }
     if teacher is not None:
@@ -229,13 +230,21 @@ def train_online(
                     name: content[name]
                     for name in ("algorithm", "env", "policy_fingerprint", "prefill", "noise_policy")
                 }
-                about |= {"run": asdict(settings), "settings": asdict(config)}
+                about |= {"run": _described(settings), "settings": asdict(config)}
                 recording = open_ones.enter_context(Recording(record_to, loose, about, list(seeds), settings.num_envs))
             vector = open_ones.enter_context(make_env(env, settings.num_envs * len(seeds), workers=workers))
             training = _Training(
                 algorithm, vector, loose, folder, config, settings, list(seeds), device, data, recording, teachers
             )
             return training.go(on_progress)
+
+
+def _described(settings: OnlineRun) -> dict[str, Any]:
+    """Return a run's settings as its folder keeps them; runs from before there was a choice of inversions can be gone on with."""
+    content = asdict(settings)
+    if not settings.reteach_every:
+        content.pop("inversion")
+    return content
 
 
 def _check_sources(

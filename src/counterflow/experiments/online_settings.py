@@ -51,7 +51,7 @@ class OnlineRun:
         reasoner: of the anchors, whether a reasoner's word counts.
         reasoner_error: of the reasoner that either of these two asks, the probability that its direction is wrong.
         reteach_every: of DSRL that imitates a noise policy: decisions of a seed after which this is distilled again, for each
-            seed from all of its successes so far (`online_teaching.Teachers`); 0: it stays as it was given.
+            seed from the quicker half of its successes so far (`online_teaching.Teachers`); 0: it stays as it was given.
         inversion: how the noise of every step that was executed in those successes is found: "regularised" (the easiest to
             learn), or "exact", where the flow is a large network and gradients through it cost too much.
         particles: of the anchors, noises for each.
@@ -166,7 +166,10 @@ TAUGHT_RUN: dict[str, Any] = {"bound": 4.0}
 SMALL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dsrl": ({**SMALL_SAC, "bc_weight": 0.5, "distill_steps": 4}, {"bound": 2.0}),
     "residual": (SMALL_SAC, {"residual_bound": (0.3,)}),
-    "rfs": ({"rollout": 64}, {"residual_bound": (0.3,), "num_envs": 8, "decisions": 20_000}),
+    "rfs": (
+        {"rollout": 64, "learning_rate": 1e-3, "value_learning_rate": 3e-3},
+        {"residual_bound": (0.3,), "num_envs": 8, "decisions": 20_000},
+    ),
 }
 # DSRL's released settings: SAC variant on pi0, noise aliasing in simulation; RFS as far as it is known (its own table could not
 # be found; an independent re-implementation's networks). A residual of 0.3 is 1.5 cm in OGBench.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from counterflow.data import SteeringDataset
-from counterflow.errors import CheckpointError
+from counterflow.errors import CheckpointError, MismatchError
 from counterflow.experiments.inversion import InversionSettings
 from counterflow.experiments.record import step_noises
 from counterflow.experiments.sight import looks
@@ -54,16 +54,25 @@ class Success:
         """Return what recorded arrays of a steering dataset teach: at every step, where noises were found, else at decisions.
 
         Args:
-            arrays: of one episode, with features.
+            arrays: of one episode.
             dim: A; what lies beyond is padding.
+
+        Raises:
+            MismatchError: it was recorded without features.
         """
-        if "step_noise" in arrays:
-            usable, shown, noises = (arrays[name] for name in ("step_noise_valid", "step_features", "step_noise"))
-        else:
-            usable, shown, noises = arrays["start_time"] == 0, arrays["features"], arrays["noise"]
-        found = (torch.from_numpy(np.ascontiguousarray(one[usable])).float() for one in (shown, noises[..., :dim]))
-        seen, said = found
-        return cls(seen.flatten(1), said, len(arrays["step_actions"]))
+        by_step = "step_noise" in arrays and bool(
+            arrays["step_noise_valid"].any()
+        )  # an episode may be shorter than a chunk
+        prefix = "step_" if by_step else ""
+        if f"{prefix}features" not in arrays:
+            raise MismatchError(
+                "an episode was recorded without features, which a noise policy would be distilled from again. Record it anew, "
+                "or leave reteach_every at 0."
+            )
+        usable = arrays["step_noise_valid"] if by_step else arrays["start_time"] == 0
+        shown, noises = arrays[f"{prefix}features"], arrays[f"{prefix}noise"][..., :dim]
+        seen, said = (torch.from_numpy(np.ascontiguousarray(one[usable])).float() for one in (shown, noises))
+        return cls(seen.flatten(1), said, int(arrays["executed"].sum()))
 
 
 def successes_in(path: Path | str, env: str, first: int | None, *, successes_only: bool) -> list[Success]:
@@ -75,7 +84,8 @@ def successes_in(path: Path | str, env: str, first: int | None, *, successes_onl
     """
     dataset = SteeringDataset.load(path)
     chosen = dataset.filter(success=True if successes_only else None, env=env, first=first)
-    return [Success.of(one.arrays, dataset.binding.dim) for one in chosen.episodes if one.success]
+    every = [Success.of(one.arrays, dataset.binding.dim) for one in chosen.episodes if one.success]
+    return [one for one in every if len(one.shown)]
 
 
 class Teachers:
@@ -85,7 +95,7 @@ class Teachers:
         first: what was distilled from the recordings.
         space: what an action means.
         seeds: of the learner.
-        known: the successes that the first one was distilled from.
+        known: successes among the recordings that the replay begins with.
     """
 
     def __init__(
@@ -96,7 +106,9 @@ class Teachers:
             first = copy.deepcopy(first)
             first.intention = None
         self.each = [first] * len(seeds)
-        self.found: list[list[Success]] = [[] for _ in seeds]  # since then
+        self.found: list[list[Success]] = [
+            [] for _ in seeds
+        ]  # while learning, all of them: any may be among the quickest
         self.taught = [0] * len(seeds)  # how many of these its teacher was distilled from
 
     def __call__(self, shown: Tensor) -> Tensor:
@@ -116,7 +128,9 @@ class Teachers:
         policy: BasePolicy = self.space.policy
         if not looks(policy):
             arrays = {**arrays, **step_noises(policy, dict(arrays), inversion)}
-        self.found[index].append(Success.of(arrays, policy.action_spec.dim))
+        found = Success.of(arrays, policy.action_spec.dim)
+        if len(found.shown):
+            self.found[index].append(found)
 
     def teach_again(self, decision: int) -> list[int]:
         """Distil the teachers of those seeds that have new successes; return which.
@@ -139,22 +153,22 @@ class Teachers:
             )
             config = replace(DISTILLED, regressor=replace(present.config, intention=None))
             own = child_seed(seed, "teacher", decision)
-            self.each[index] = distil(examples, config, seed=own, device=self.space.device)
+            self.each[index] = distil(examples, config, seed=own, device=next(present.parameters()).device)
             self.taught[index] = len(self.found[index])
             again.append(seed)
         return again
 
     def state(self) -> dict[str, Tensor]:
         """Return everything that going on needs, by name, on the CPU."""
-        found = {"taught": torch.tensor(self.taught)}
+        kept = {"taught": torch.tensor(self.taught)}
         for index, one in enumerate(self.each):
-            found |= {f"{index}.{name}": value.detach().cpu().clone() for name, value in one.state_dict().items()}
+            kept |= {f"{index}.{name}": value.detach().cpu().clone() for name, value in one.state_dict().items()}
             if self.found[index]:
-                found[f"found.{index}.shown"] = torch.cat([success.shown for success in self.found[index]])
-                found[f"found.{index}.noises"] = torch.cat([success.noises for success in self.found[index]])
+                kept[f"found.{index}.shown"] = torch.cat([success.shown for success in self.found[index]])
+                kept[f"found.{index}.noises"] = torch.cat([success.noises for success in self.found[index]])
                 counts = [[len(success.shown), success.steps] for success in self.found[index]]
-                found[f"found.{index}.counts"] = torch.tensor(counts)
-        return found
+                kept[f"found.{index}.counts"] = torch.tensor(counts)
+        return kept
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from what `state` returned.

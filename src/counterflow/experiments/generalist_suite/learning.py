@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from counterflow.experiments.generalist_suite.steering import DSBC, distilled, steered_successes
+from counterflow.experiments.generalist_suite.settings import AGAIN, EVALUATIONS
+from counterflow.experiments.generalist_suite.steering import distilled, steered_successes
 from counterflow.experiments.generalist_suite.suite import Suite, slug
 from counterflow.experiments.online import OnlineProgress, train_online
 from counterflow.experiments.online_settings import Config, OnlineRun, online_preset
@@ -16,9 +18,6 @@ from counterflow.files import write_json
 from counterflow.learning.dsrl import DSRLConfig
 from counterflow.learning.rfs import RFSConfig
 from counterflow.steering import MethodSettings
-
-# Noise policies are distilled again as successes are found; inversion and bound as for the first ones.
-AGAIN: dict[str, Any] = {"reteach_every": 150, "inversion": "exact", "bound": DSBC.regressor.bound}
 
 
 def reinforcement(suite: Suite) -> None:
@@ -88,7 +87,7 @@ def _learn(
     known = suite.read(f"rl/{name}")
     if known is not None and known["asked"] == asked:
         return
-    every = max(1, settings.decisions // 4)  # an evaluation of failing episodes takes as long as 250 decisions
+    every = max(1, settings.decisions // EVALUATIONS)
     config, run = preset
     if not isinstance(config, RFSConfig):
         config = replace(config, warmup=min(config.warmup, every))
@@ -107,7 +106,7 @@ def _learn(
         if progress.decision % every == 0:
             suite.log(f"  {progress.decision}: training {progress.recent}, evaluation {progress.success}")
 
-    out = suite.data / "rl" / f"{name}-{run.steps}-{settings.decisions}{'' if noise_policy is None else '-taught'}"
+    out = suite.data / "rl" / f"{name}-{zlib.crc32(json.dumps(asked, sort_keys=True).encode()):08x}"
     train_online(
         algorithm,
         task,

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from counterflow.checks import COUNT, SHARE
 from counterflow.errors import UnknownNameError
 from counterflow.experiments.generalist import TRAINING
 from counterflow.learning import BCConfig
 from counterflow.policies import GeneralistConfig
+
+BOUND = 8.0
+"""Of noise policies: of the noises of references that are moved far, up to a third lies beyond the default of 3."""
+AGAIN: dict[str, Any] = {"reteach_every": 150, "inversion": "exact", "bound": BOUND}
+"""DSRL + FRS has noise policies that are distilled again as successes are found; inversion and bound are the first ones'."""
+EVALUATIONS = 4
+"""Of a run that learns online: one of failing episodes takes as long as 250 decisions."""
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ from counterflow.errors import DatasetError
 from counterflow.experiments.compare import Contender
 from counterflow.experiments.critic import train_critic
 from counterflow.experiments.distill import distill
+from counterflow.experiments.generalist_suite.settings import BOUND
 from counterflow.experiments.generalist_suite.suite import Suite, slug
 from counterflow.experiments.record import record
 from counterflow.files import write_json
 from counterflow.learning import ChunkCriticConfig, DSBCConfig
 from counterflow.steering import RegressorConfig
 
-# Of the noises of references that are moved far, up to a third lies beyond the default bound of 3.
-DSBC = DSBCConfig(RegressorConfig(bound=8.0))
+DSBC = DSBCConfig(RegressorConfig(bound=BOUND))
 BC = replace(DSBC, regressor=RegressorConfig(target="action", bound=None))
 DISTILLED = {"bc": BC, "dsbc": DSBC}
 MOST_TRIES = 100  # episodes in which one success of a hard task is looked for
@@ -37,7 +37,7 @@ def zero_shot(suite: Suite) -> None:
 
 def steered_successes(suite: Suite, task: str, successes: int, folder: str = "steered") -> Path | None:
     """Return the folder of a task's FRS rollouts, recorded as far as they are missing; None: too few succeed."""
-    out = suite.data / folder / f"{slug(task)}-{suite.chosen(task)['frs']}"
+    out = suite.data / folder / f"{slug(task)}-{suite.chosen(task)['frs']}-exact"
     try:
         record(
             task,

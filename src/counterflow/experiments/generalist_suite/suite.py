@@ -14,7 +14,7 @@ from counterflow.errors import CounterflowError, DatasetError
 from counterflow.experiments.compare import Contender, compare, comparison_of, read_results
 from counterflow.experiments.demonstrate import archive_of
 from counterflow.experiments.evaluate import ReasonerSettings, policy_name
-from counterflow.experiments.generalist_suite.settings import SuiteSettings
+from counterflow.experiments.generalist_suite.settings import AGAIN, EVALUATIONS, SuiteSettings
 from counterflow.experiments.statistics import SuccessRate
 from counterflow.policies import load
 from counterflow.steering import MethodSettings
@@ -234,7 +234,8 @@ class Suite:
             "steps": self.chosen(task)["frs"],
             "decisions": settings.decisions,
             "seeds": list(settings.learning_seeds),
-            "taught": "again",  # DSRL + FRS imitates noise policies that are distilled again; earlier results don't count
+            "evaluations": EVALUATIONS,
+            **AGAIN,
         }
 
     def critics_tasks(self) -> tuple[list[str], list[str]]:
