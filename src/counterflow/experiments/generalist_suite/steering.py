@@ -18,6 +18,8 @@ from counterflow.steering import RegressorConfig
 
 DSBC = DSBCConfig(RegressorConfig(bound=BOUND))
 BC = replace(DSBC, regressor=RegressorConfig(target="action", bound=None))
+CRITIC = ChunkCriticConfig(method="monte_carlo")
+"""Learned by temporal differences it was, held out, no better than a constant (benchmarks/metaworld/README.md)."""
 DISTILLED = {"bc": BC, "dsbc": DSBC}
 MOST_TRIES = 100  # episodes in which one success of a hard task is looked for
 
@@ -114,9 +116,9 @@ def guidance(suite: Suite) -> None:
             num_envs=settings.num_envs,
             every_step=False,
         )
-    out = suite.data / f"critic-{len(seen)}-{settings.rollouts}.safetensors"
+    out = suite.data / f"critic-{CRITIC.method}-{len(seen)}-{settings.rollouts}.safetensors"
     if not out.exists():
-        critic = train_critic(folders, out, ChunkCriticConfig(), seed=settings.seed)
+        critic = train_critic(folders, out, CRITIC, seed=settings.seed)
         write_json(suite.results / "critic.json", {"policy": suite.fingerprint, **critic.provenance})
     for task in (*seen, *unseen):
         suite.evaluate("guidance", task, [Contender("base", "base"), Contender("guided", "qgf", critic=str(out))])
