@@ -782,5 +782,7 @@ def test_presets_are_settings(algorithm: str, variant: Any, name: Any, prior: Fl
     config, settings = online_preset(algorithm, name, variant)
     assert settings.space(algorithm, prior).size > 0
     assert getattr(config, "variant", variant) == variant
+    with pytest.raises(UnknownNameError, match="inversion"):
+        OnlineRun(inversion="smallest")  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError, match="preset"):
         online_preset(algorithm, "large")  # type: ignore[arg-type]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from counterflow.data import SteeringDataset, SteeringEpisode
 from counterflow.errors import CheckpointError, MismatchError
+from counterflow.experiments import online_teaching
 from counterflow.experiments.inversion import InversionSettings
-from counterflow.experiments.online_teaching import Success, Teachers
+from counterflow.experiments.online_teaching import Success, Teachers, successes_in
 from counterflow.flow import denoise
 from counterflow.policies import FlowPolicy, Normaliser, bind
 from counterflow.steering import ChunkRegressor, LatentShape, RegressorConfig, SteeringSpace, binding_of
@@ -130,3 +134,44 @@ def test_an_intention_is_left_out(prior: FlowPolicy, rng: torch.Generator) -> No
     made.teach_again(20)
     other.restore(made.state())  # of which one was distilled again, without an intention
     assert first.intention is not None
+
+
+def test_a_policy_that_looks_teaches_where_it_decided(prior: FlowPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(online_teaching, "looks", lambda _: True)
+    monkeypatch.setattr(online_teaching, "step_noises", lambda *_: pytest.fail("its pictures were not kept"))
+    made = teachers(prior)
+    made.see(0, recorded(2, 0.7), InversionSettings.of("exact", 3))
+    (found,) = made.found[0]
+    assert (found.shown.shape, found.steps, found.noises.max().item()) == ((2, SEEN), 4, pytest.approx(0.7))
+
+
+def test_a_recording_teaches_by_the_episodes_that_the_replay_begins_with(prior: FlowPolicy, tmp_path: Path) -> None:
+    with SteeringDataset.create_or_open(tmp_path, binding_of(prior, 3)) as dataset:
+        source = dataset.add_source({"recording": "by hand"})
+        for index, success in enumerate((False, True, True)):
+            dataset.append(SteeringEpisode("plane", index, index, success, source, recorded(index + 1, 0.1 * index)))
+    taught = partial(successes_in, tmp_path, "plane")
+    assert [one.steps for one in taught(None, successes_only=False)] == [4, 6]
+    assert [one.steps for one in taught(2, successes_only=False)] == [4]
+    assert [one.steps for one in taught(1, successes_only=False)] == []
+    assert [one.steps for one in taught(1, successes_only=True)] == [4]
+
+
+def recorded(decisions: int, noise: float) -> dict[str, Any]:
+    """An episode of a recording, of decisions of two executed actions, without noises of steps."""
+    chunk, steps = (decisions, 2, 2), 2 * decisions
+    return {
+        "observations": np.zeros((decisions, SEEN), np.float32),
+        "references": np.zeros(chunk, np.float32),
+        "active": np.zeros(decisions, bool),
+        "steered": np.zeros(chunk, bool),
+        "noise": np.full(chunk, noise, np.float32),
+        "start_time": np.zeros(decisions, np.float32),
+        "chunks": np.zeros(chunk, np.float32),
+        "executed": np.full(decisions, 2),
+        "intervened": np.zeros(decisions, bool),
+        "features": np.ones((decisions, SEEN), np.float32),
+        "step_observations": np.zeros((steps, SEEN), np.float32),
+        "step_actions": np.zeros((steps, 2), np.float32),
+        "rewards": np.zeros(steps, np.float32),
+    }
