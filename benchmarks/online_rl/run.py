@@ -65,7 +65,7 @@ SWEPT_DECISIONS = 600
 UNCHANGED = f"sac, full, bound {SHOWN_BOUND:g}"  # the row that the three sweeps share
 # RFS learns from what it does itself. From a sparse reward it learned nothing here in 8,000 decisions; Meta-World's is dense.
 RFS_TASKS = ("metaworld/door-close-v3",)
-RFS_DECISIONS = 24_000
+RFS_DECISIONS = 30_000
 # Of an environment's step, eight a decision: with 0.99 the value of a reward between -1 and 0 a step is near -100, and PPO spends
 # this budget on finding that out.
 DENSE_DISCOUNT = 0.95

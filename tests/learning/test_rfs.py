@@ -12,7 +12,7 @@ from torch import Tensor
 from counterflow.data import Replay
 from counterflow.errors import CheckpointError, InvalidInputError, UnknownNameError
 from counterflow.learning.residual import ResidualConfig, ResidualLearner
-from counterflow.learning.rfs import RFSConfig, RFSLearner, Rollout, advantages, policy_loss
+from counterflow.learning.rfs import RFSConfig, RFSLearner, Rollout, advantages, divergence_of, policy_loss
 from counterflow.learning.sac import ActionSizes, parameters
 from counterflow.policies import ActionSpec, FlowPolicy, NetworkConfig, Normaliser
 from counterflow.steering import SteeringSpace
@@ -104,6 +104,28 @@ def test_the_ratio_is_clipped_where_it_has_gone_far_enough() -> None:
     assert density.grad is not None
     assert density.grad.item() == 0
     assert policy_loss(density, torch.zeros(1, 1), -torch.ones(1, 1), 0.2).item() == pytest.approx(1.5)
+
+
+def test_the_divergence_is_that_of_gaussians() -> None:
+    mean, log_std = torch.tensor([[1.0, 2.0]]), torch.tensor([0.1, -0.4])
+    before, before_log_std = torch.zeros(1, 2), torch.tensor([0.3, 0.2])
+    found = divergence_of(mean, log_std, before, before_log_std)
+    laws = [torch.distributions.Normal(m, s.exp()) for m, s in ((before, before_log_std), (mean, log_std))]
+    torch.testing.assert_close(found, torch.distributions.kl_divergence(*laws).sum(-1))
+
+
+def test_steps_are_as_long_as_the_divergence_lets_them() -> None:
+    def moved(desired: float) -> tuple[float, Tensor]:
+        learner = make([0, 1], residual_std=0.02, learning_rate=0.03, epochs=10, desired_divergence=desired)
+        numbers = [learner.update(rollout(learner, turns=32)) for _ in range(8)]
+        return float(torch.stack([one["divergence"] for one in numbers[-3:]]).mean()), learner.pace
+
+    free, pace = moved(0.0)
+    assert bool((pace == 1).all())
+    held, pace = moved(0.02)
+    assert free > 10 * held
+    assert held < 0.2
+    assert bool((pace < 1).all())
 
 
 def test_a_seed_learns_the_same_alone_and_beside_others() -> None:

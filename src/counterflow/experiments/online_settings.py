@@ -167,7 +167,7 @@ SMALL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dsrl": ({**SMALL_SAC, "bc_weight": 0.5, "distill_steps": 4}, {"bound": 2.0}),
     "residual": (SMALL_SAC, {"residual_bound": (0.3,)}),
     "rfs": (
-        {"rollout": 64, "learning_rate": 1e-3, "value_learning_rate": 3e-3},
+        {"rollout": 64, "learning_rate": 1e-3, "value_learning_rate": 3e-3, "desired_divergence": 0.5},
         {"residual_bound": (0.3,), "num_envs": 8, "decisions": 20_000},
     ),
 }

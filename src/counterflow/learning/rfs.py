@@ -29,6 +29,9 @@ from counterflow.policies import as_device
 from counterflow.policies.stacked import Activation, StackedMLP
 from counterflow.random import check_seed, child_seed, generator
 
+PACING = 1.5
+PACES = (0.01, 10.0)
+
 
 @dataclass(frozen=True)
 class RFSConfig:
@@ -50,6 +53,9 @@ class RFSConfig:
         value_weight: of the value's loss.
         entropy_weight: of the entropy's bonus.
         residual_std: deviation of the residual at the start, in units of its bound (0.08 was healthy, 0.37 destroyed one base).
+        desired_divergence: of the policy after an update from before, KL in nats; each seed's steps become shorter or longer so
+            that it comes near (as in rsl_rl, a minibatch at a time); 0: steps are the learning rate's. With a residual whose
+            deviation is small a step of the mean is many deviations, which clipping does not hold.
         ramp: decisions of a seed over which the residual grows to its full size; 0: it has it from the start.
 
     Raises:
@@ -71,11 +77,12 @@ class RFSConfig:
     value_weight: float = 1.0
     entropy_weight: float = 0.0
     residual_std: float = 0.08
+    desired_divergence: float = 0.0
     ramp: int = 0
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        check_numbers(self, or_zero=("ramp",))
+        check_numbers(self, or_zero=("ramp", "desired_divergence"))
         RATE.check_all(self, "discount", "gae", "clip", "learning_rate", "value_learning_rate", "residual_std")
         if self.width >> (self.depth - 1) < 1:
             raise InvalidInputError(
@@ -119,6 +126,12 @@ def density_of(mean: Tensor, log_std: Tensor, raw: Tensor) -> Tensor:
     """Return the log-density (...) of draws (..., D) of a Gaussian."""
     noise = (raw - mean) / log_std.exp()
     return (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def divergence_of(mean: Tensor, log_std: Tensor, from_mean: Tensor, from_log_std: Tensor) -> Tensor:
+    """Return KL(before || now), nats (...), of Gaussians (..., D)."""
+    shift = (mean - from_mean).square() + (2 * from_log_std).exp()
+    return (log_std - from_log_std + 0.5 * shift * (-2 * log_std).exp() - 0.5).sum(-1)
 
 
 def advantages(
@@ -192,8 +205,10 @@ class RFSLearner(Resumable):
         start[..., latent:] = math.log(config.residual_std)
         self._modules = nn.ModuleDict({"policy": self.policy, "value": self.value})
         self._modules.register_parameter("log_std", nn.Parameter(start))
+        self._modules.register_buffer("pace", torch.ones(count))
         self._modules.to(self.device)
         self.log_std: Tensor = self._modules.log_std  # type: ignore[assignment]
+        self.pace: Tensor = self._modules.pace  # type: ignore[assignment]  # (S,) of a learning rate's step, what is taken
         self._optimiser = torch.optim.Adam(
             [
                 {"params": [*self.policy.parameters(), self.log_std], "lr": config.learning_rate},
@@ -232,6 +247,7 @@ class RFSLearner(Resumable):
             now, later = (one.view(shape).transpose(0, 1) for one in (values, following))
             advantage = flat(advantages(rollout.rewards, rollout.discounts, rollout.done, now, later, config.gae))
             targets = advantage + values
+            first_mean, first_log_std = self.policy(seen), self.log_std.detach().clone()
             scaled = (advantage - advantage.mean(1, keepdim=True)) / (advantage.std(1, keepdim=True) + 1e-8)
         raw, before = flat(rollout.raw), flat(rollout.densities)
         count = seen.shape[1]
@@ -249,9 +265,11 @@ class RFSLearner(Resumable):
                 self._optimiser.zero_grad()
                 losses.sum().backward()
                 self._shorten()
-                self._optimiser.step()
+                moved = divergence_of(
+                    mean.detach(), self.log_std.detach(), first_mean[rows, chosen], first_log_std
+                ).mean(1)
+                self._take_step(moved)
                 self.step += 1
-                moved = (before[rows, chosen] - density).mean(1)
                 found.append({"loss": losses, "policy_loss": acting, "value_loss": judging, "divergence": moved})
         numbers = {name: torch.stack([one[name].detach() for one in found]).mean(0) for name in found[0]}
         numbers["value"] = values.mean(1)
@@ -260,6 +278,21 @@ class RFSLearner(Resumable):
         if len(self.limits):
             numbers["residual_std"] = self.log_std.detach()[:, 0, self.latent :].exp().mean(1)
         return numbers
+
+    @torch.no_grad()
+    def _take_step(self, moved: Tensor) -> None:
+        """Step as far as the divergence (S,) that there is already lets each seed's policy go."""
+        desired = self.config.desired_divergence
+        if not desired:
+            self._optimiser.step()
+            return
+        faster = torch.where(moved < desired / 2, PACING, 1.0)
+        self.pace.mul_(torch.where(moved > 2 * desired, 1 / PACING, faster)).clamp_(*PACES)
+        own = [*self.policy.parameters(), self.log_std]
+        before = [one.clone() for one in own]
+        self._optimiser.step()
+        for one, start in zip(own, before, strict=True):
+            one.copy_(torch.lerp(start, one, self.pace.view(-1, *[1] * (one.ndim - 1))))
 
     @torch.no_grad()
     def _shorten(self) -> None:
