@@ -427,6 +427,7 @@ def report() -> None:
             for task, methods in found.items():
                 shared = results_of("variants").get(task, {})
                 methods.update({label: shared[label] for label in (UNCHANGED,) if label in shared})
+                found[task] = dict(sorted(methods.items()))
         if stage == "hardly":
             for task, methods in found.items():
                 alone = results_of("works").get(task, {})
