@@ -106,10 +106,9 @@ class Teachers:
             first = copy.deepcopy(first)
             first.intention = None
         self.each = [first] * len(seeds)
-        self.found: list[list[Success]] = [
-            [] for _ in seeds
-        ]  # while learning, all of them: any may be among the quickest
-        self.taught = [0] * len(seeds)  # how many of these its teacher was distilled from
+        # All that succeed while learning, for any may be among the quickest, and how many a seed's teacher was distilled from.
+        self.found: list[list[Success]] = [[] for _ in seeds]
+        self.taught = [0] * len(seeds)
 
     def __call__(self, shown: Tensor) -> Tensor:
         """Return what each seed's teacher says (S, C, D) to what that seed has seen (S, C, F)."""
