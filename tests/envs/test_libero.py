@@ -147,6 +147,31 @@ def test_a_task_in_the_simulator() -> None:
     env.close()
 
 
+@needs_libero
+def test_steps_and_resets_are_robosuites_own_up_to_the_solvers_tolerance() -> None:
+    """The same path in free motion and in contact, with the fixtures of two seeds, and the simulator's own step beside it."""
+    ours, theirs = LiberoEnv(TASK), LiberoEnv(TASK)
+    del theirs.simulator._initialize_sim  # its class's own again: compiled at each reset
+    rng = np.random.default_rng(0)
+    for seed in (3, 8):
+        ours.reset(seed)
+        theirs.reset(seed)
+        for _ in range(30):
+            action = np.append(rng.uniform(-1, 1, 6), rng.choice([-1.0, 1.0]))
+            ours.step(action)
+            theirs.simulator.step(action)
+            one, other = (env.simulator.sim.get_state().flatten() for env in (ours, theirs))
+            np.testing.assert_allclose(one, other, atol=1e-9)
+            np.testing.assert_array_equal(ours.simulator.timestep, theirs.simulator.timestep)
+            np.testing.assert_allclose(
+                ours.simulator._observables["robot0_eef_pos"].obs,
+                theirs.simulator._observables["robot0_eef_pos"].obs,
+                atol=1e-9,
+            )
+    ours.close()
+    theirs.close()
+
+
 @pytest.fixture(scope="module")
 def env() -> Iterator[LiberoEnv]:
     """One environment for every look at it: the first in a process takes long to make."""
@@ -159,6 +184,22 @@ def env() -> Iterator[LiberoEnv]:
 
 DOWN = np.array([0.4, -0.5, -0.6, 0.2, -0.3, 0.5, -1.0])
 SIGHTS = ["observation.images.image", "observation.images.image2", "observation.state"]
+
+
+@needs_libero
+def test_a_turn_is_two_columns_of_its_matrix_and_does_not_jump(env: LiberoEnv) -> None:
+    """A hand that points down has a quaternion with w about 0, whose sign is anyone's."""
+    moment = env.reset(3)
+    hand = env.simulator.sim.data._data.site_xmat[env.simulator.robots[0].eef_site_id].reshape(3, 3)
+    np.testing.assert_allclose(moment.observation[3:9], hand[:, :2].T.reshape(-1), atol=1e-6)
+    columns, quaternions = [moment.observation[3:9]], [moment.privileged["proprio/effector_quat"]]
+    for turn in (-0.3, 0.3):
+        for _ in range(10):
+            moment = env.step(np.array([0.0, 0.0, 0.0, turn, 0.0, 0.0, -1.0]))
+            columns.append(moment.observation[3:9])
+            quaternions.append(moment.privileged["proprio/effector_quat"])
+    assert np.abs(np.diff(columns, axis=0)).max() < 0.2
+    assert np.abs(np.diff(quaternions, axis=0)).max() > 1  # as those of the reasoners do
 
 
 class TestLook:

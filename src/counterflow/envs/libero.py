@@ -7,15 +7,18 @@ when the task's goal is fulfilled, or after the suite's number of steps (those t
 object 280, goal 300, 10 520, 90 400). The reward is -1 for every step that does not reach the goal.
 
 Actions are seven numbers in [-1, 1]: displacements of the gripper along x, y and z (1 is 5 cm), its turn (1 is 0.5 rad) and the
-gripper (positive closes). An observation is a state: the robot's nine numbers, then eight of everything that the scene names,
-be it a thing, a part that moves or a place: position, quaternion, and how far its joint is moved. Which is whose is in
-`EnvSpec.observation_layout`. Pictures come from two cameras, "agentview" and "robot0_eye_in_hand".
+gripper (positive closes). An observation is a state: the robot's eleven numbers (where the hand is, how it is turned, two finger
+joints), then ten of everything that the scene names, be it a thing, a part that moves or a place: position, how it is turned, and
+how far its joint is moved. A turn is the first two columns of its matrix (arXiv 1812.07035): of the two signs of a quaternion
+none is continuous, and a hand that points down is where they meet. Which numbers are whose is in `EnvSpec.observation_layout`.
+Pictures come from two cameras, "agentview" and "robot0_eye_in_hand".
 
 A policy that looks is shown what LeRobot's evaluation shows it (lerobot/envs/libero.py and LiberoProcessorStep, 0.6), number for
-number: "observation.images.image" and "observation.images.image2", the two cameras at 256 x 256, drawn as the benchmark draws
-and turned by half a turn (so that they stand upright and are mirrored); and "observation.state", where the hand is, how it is
-turned (axis times angle) and the two finger joints. That is not quite the present: robosuite samples its observations a
-simulation step (2 ms) before a control step is over, and that is what LeRobot's policies are evaluated on.
+number as far as the simulator is (`libero_physics`): "observation.images.image" and "observation.images.image2", the two cameras
+at 256 x 256, drawn as the benchmark draws and turned by half a turn (so that they stand upright and are mirrored); and
+"observation.state", where the hand is, how it is turned (axis times angle) and the two finger joints. That is not quite the
+present: robosuite samples its observations a simulation step (2 ms) before a control step is over, and that is what LeRobot's
+policies are evaluated on.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from counterflow.envs.libero_physics import Physics, keep_compiled
 from counterflow.envs.rendering import asked_for, drawing, hurry, prepare_backend, require_backend
 from counterflow.envs.types import CameraView, EnvSpec, FloatArray, Image, Moment, Privileged, RenderSettings, Sights
 from counterflow.errors import MissingDependencyError, UnknownNameError
@@ -52,8 +56,8 @@ SIGHTS = {"observation.images.image": "agentview", "observation.images.image2": 
 STATE = "observation.state"
 ASSETS = "COUNTERFLOW_LIBERO_ASSETS"
 SETTLING_STEPS = 10
-ROBOT_DIM = 9
-OBJECT_DIM = 8
+ROBOT_DIM = 11
+OBJECT_DIM = 10
 OPENING = 0.04  # metres that a finger moves
 TOO_NEW_MUJOCO = (3, 9)
 MAX_GEOMS = 1000  # of a scene that is drawn, as robosuite has it
@@ -145,6 +149,7 @@ class LiberoEnv:
             has_offscreen_renderer=False,
             ignore_done=True,
         ).env
+        keep_compiled(self._env)
         self._starts = read_init_states(package / "init_files" / files[0] / f"{files[1]}.pruned_init")
         self._renderers: dict[tuple[int, int, str], Any] = {}
         self._seen: Any = None  # MuJoCo's data, with everything where it was when robosuite last sampled observations
@@ -191,6 +196,7 @@ class LiberoEnv:
         self._seen = None
         with global_numpy(child_seed(seed, "places")):
             self._env.reset()
+        self._physics = Physics(self._env)
         simulator = self._env.sim
         simulator.set_state_from_flattened(self._starts[start])
         simulator.forward()
@@ -198,7 +204,7 @@ class LiberoEnv:
         self._env._update_observables(force=True)  # LIBERO does, and when robosuite samples depends on it
         still = np.array([0.0] * 6 + [-1.0])
         for _ in range(SETTLING_STEPS):
-            self._env.step(still)
+            self._physics.execute(still)
         self._steps = 0
         return self._moment()
 
@@ -208,7 +214,7 @@ class LiberoEnv:
         Raises:
             InvalidInputError: the action's shape is wrong, or it is not finite, or it is outside [-1, 1].
         """
-        self._env.step(self.spec.check_action(action))
+        self._physics.execute(self.spec.check_action(action))
         self._steps += 1
         return self._moment()
 
@@ -304,10 +310,13 @@ class LiberoEnv:
     def _moment(self) -> Moment:
         success = bool(self._env._check_success())
         told = self._privileged()
-        robot = [told[f"proprio/{part}"] for part in ("effector_pos", "effector_quat", "finger_pos")]
-        things = [told[f"privileged/{name}_{part}"] for name in self._entries for part in ("pos", "quat", "joint")]
+        names = ["proprio/effector", *(f"privileged/{name}" for name in self._entries)]
+        turns = _columns(np.stack([told[f"{name}_quat"] for name in names]))
+        seen = [told["proprio/effector_pos"], turns[0], told["proprio/finger_pos"]]
+        for name, turn in zip(names[1:], turns[1:], strict=True):
+            seen += [told[f"{name}_pos"], turn, told[f"{name}_joint"]]
         return Moment(
-            observation=np.concatenate([*robot, *things]).astype(np.float32),
+            observation=np.concatenate(seen).astype(np.float32),
             reward=0.0 if success or self._steps == 0 else -1.0,
             success=success,
             terminated=success,
@@ -510,3 +519,11 @@ def _upright(quaternion: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """Return the one of a quaternion's two signs whose first number is not negative."""
     told = np.array(quaternion, dtype=np.float64)
     return -told if told[0] < 0 else told
+
+
+def _columns(quaternions: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the first two columns (K, 6) of the matrices of quaternions w x y z (K, 4)."""
+    w, x, y, z = quaternions.T
+    first = 1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y)
+    second = 2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x)
+    return np.stack([*first, *second], axis=1)
