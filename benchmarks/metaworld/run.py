@@ -20,7 +20,7 @@ from counterflow.experiments.generalist_script import script
 from counterflow.experiments.generalist_suite import SuiteSettings
 
 # As in the paper a reference says nothing of the gripper.
-SETTINGS = SuiteSettings(family="metaworld", gripper="hold", learning=replace(TRAINING, steps=16_000), decisions=1_000)
+SETTINGS = SuiteSettings(family="metaworld", gripper="hold", learning=replace(TRAINING, steps=16_000), decisions=750)
 DIFFERS = Differs(
     generalist="an object-centric transformer of about a million parameters, trained here on scripted demonstrations",
     observation="where the objects and the goal are, the robot's state, a sentence",

@@ -115,6 +115,20 @@ class TestFailures:
             two(tmp_path / "x.npz", episodes=1)
         assert not list(tmp_path.iterdir())
 
+    @pytest.mark.parametrize("num_envs", [1, 2])
+    def test_one_without_a_success_in_the_first_attempts_is_given_up_early(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_envs: int
+    ) -> None:
+        monkeypatch.setattr(module, "oracle_expert", Clumsy)
+        monkeypatch.setattr(module, "HOPELESS", 3)
+        monkeypatch.setattr(Clumsy, "fails", frozenset(range(20)))
+        with pytest.raises(
+            TrainingError, match=r"succeeded in 0 of [34] episodes .* at most 10 and one in the first 3"
+        ):
+            demonstrate(TASK, tmp_path / "x.npz", episodes=2, num_envs=num_envs)
+        monkeypatch.setattr(Clumsy, "fails", frozenset(range(2)))
+        assert demonstrate(TASK, tmp_path / "x.npz", episodes=2, num_envs=num_envs).attempts == 4
+
     def test_an_interruption_leaves_what_lay_there(self, tmp_path: Path) -> None:
         out = tmp_path / "x.npz"
         two(out, episodes=1)

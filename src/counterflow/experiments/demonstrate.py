@@ -34,6 +34,7 @@ Progress = Callable[[int, int], None]
 
 MAX_EPISODES = 100_000
 ATTEMPTS = 5  # for each episode that is wanted, before the expert is given up
+HOPELESS = 20  # or as many without a success, from the first on
 PACKAGES = {"ogbench": "ogbench", "metaworld": "metaworld", "libero": "hf-libero"}
 SOURCES = {
     "ogbench": "scripted oracles of the ogbench package (arXiv 2410.20092), pursuing the task's own goal",
@@ -127,8 +128,8 @@ def demonstrate(
     if len(successes) < episodes:
         raise TrainingError(
             f"the expert succeeded in {len(successes)} of {len(attempts)} episodes of {env_name}; expected {episodes} "
-            f"successes in at most {ATTEMPTS * episodes}, and nothing was written. Choose less noise (it was {noise}) "
-            "or another task."
+            f"successes in at most {ATTEMPTS * episodes} and one in the first {max(episodes, HOPELESS)}, and nothing was written. "
+            f"Choose less noise (it was {noise}) or another task."
         )
     return _write(path, request, successes, len(attempts))
 
@@ -221,8 +222,9 @@ def _attempt(
     are the first ones in the order of the seeds, and which attempts are made depends on nothing else.
 
     Returns:
-        The attempts in the order of their seeds; no more successes than were asked for.
+        The attempts in the order of their seeds; no more successes than were asked for. Too few, where it was given up.
     """
+    patience = max(episodes, HOPELESS)
     playing: dict[int, int] = {}
     tries = [_Attempt() for _ in range(ATTEMPTS * episodes)]
     begun = finished = successes = 0
@@ -245,7 +247,7 @@ def _attempt(
             tries[playing[row]].observations.append(batch.observation[row])
             tries[playing[row]].actions.append(actions[row, 0].copy())
         batch = env.execute(actions, rows=active)
-        fresh = {}
+        fresh, first = {}, tries[:patience]
         for row in active:
             current = tries[playing[row]]
             current.rewards.append(float(batch.rewards[row, 0]))
@@ -257,7 +259,8 @@ def _attempt(
             successes += current.success
             if on_episode is not None:
                 on_episode(successes, finished)
-            if successes + len(playing) < episodes and begun < len(tries):
+            in_vain = min(playing.values(), default=begun) >= patience and not any(one.success for one in first)
+            if successes + len(playing) < episodes and begun < len(tries) and not in_vain:
                 fresh[row] = begin(row)
         if fresh:
             batch = env.reset(fresh)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from counterflow.envs.libero import LiberoEnv
 from counterflow.envs.registry import make_task
 from counterflow.experiments.demonstrate import archive_of, demonstrate_tasks
 from counterflow.experiments.evaluate import policy_name
@@ -44,13 +45,18 @@ def experts(suite: Suite) -> None:
 
 
 def try_expert(task: str, episodes: int, noise: float, seed: int) -> dict[str, Any]:
-    """Run one task's expert in this process; return `successes` and `steps`, an entry an episode, and `seconds`."""
+    """Run one task's expert in this process; return `successes` and `steps`, an entry an episode, and `seconds`.
+
+    At most fifty episodes of a task of LIBERO's: one from each of its initial states.
+    """
     env, expert = make_task(task), oracle_expert(task, noise)
     successes, steps, began = [], [], time.perf_counter()
     try:
         for episode in range(episodes):
             own = child_seed(seed, "expert", episode)
-            moment = env.reset(child_seed(own, "environment"))
+            start = child_seed(own, "environment")
+            # LIBERO's tasks have numbered initial states, and as many are wanted as there are episodes.
+            moment = env.reset_to(episode, start) if isinstance(env, LiberoEnv) else env.reset(start)
             expert.reset(child_seed(own, "expert"))
             count = 0
             while not (moment.terminated or moment.truncated):

@@ -15,7 +15,7 @@ BOUND = 8.0
 """Of noise policies: of the noises of references that are moved far, up to a third lies beyond the default of 3."""
 AGAIN: dict[str, Any] = {"reteach_every": 150, "inversion": "exact", "bound": BOUND}
 """DSRL + FRS has noise policies that are distilled again as successes are found; inversion and bound are the first ones'."""
-EVALUATIONS = 4
+EVALUATIONS = 3
 """Of a run that learns online: one of failing episodes takes as long as 250 decisions."""
 
 
