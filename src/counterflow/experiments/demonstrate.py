@@ -128,8 +128,8 @@ def demonstrate(
     if len(successes) < episodes:
         raise TrainingError(
             f"the expert succeeded in {len(successes)} of {len(attempts)} episodes of {env_name}; expected {episodes} "
-            f"successes in at most {ATTEMPTS * episodes} and one in the first {max(episodes, HOPELESS)}, and nothing was written. "
-            f"Choose less noise (it was {noise}) or another task."
+            f"successes in at most {ATTEMPTS * episodes} and one in the first {max(episodes, HOPELESS)}, and nothing was "
+            f"written. Choose less noise (it was {noise}) or another task."
         )
     return _write(path, request, successes, len(attempts))
 
