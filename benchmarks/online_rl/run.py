@@ -376,9 +376,10 @@ def shapes(job: Job) -> None:
 
 def steerabilities(job: Job) -> None:
     """Probe every task."""
-    for task in job.tasks((*WORKS, *HARDLY)):
+    for task in job.tasks((*WORKS, *RFS_TASKS)):
         path = RESULTS / "probe" / f"{short(task)}.json"
         if not path.exists():
+            job.console.log(f"probe: {task}")
             with open_env(task, 20) as env:
                 found = probe(env, load_prior(task))
             write_json(path, {**found.to_json(), "machine": machine()})
@@ -419,6 +420,7 @@ def curve(content: Mapping[str, Any]) -> dict[float, SuccessRate]:
 def report() -> None:
     """Write tables into the README and draw the figures, of what has been run."""
     report_offline()
+    report_probe()
     for stage in ("works", "hardly", "rfs", "variants", "bounds", "shapes"):
         found = results_of(stage)
         if not found:
@@ -487,6 +489,29 @@ def report_offline() -> None:
             share = content["round"]["interventions"]
             lines.append(f"| {task} | {label} | {cell(before)} | {cell(whole)} | {each} | {100 * share:.0f}% |")
     write_between(HERE / "README.md", "offline", COMMAND, "\n".join(lines))
+
+
+def report_probe() -> None:
+    """Write the table of what the steerability probe found, a row a task."""
+    found = [json.loads(path.read_text()) for path in sorted((RESULTS / "probe").glob("*.json"))]
+    if not found:
+        return
+
+    def percent(one: Mapping[str, Any]) -> str:
+        return f"{100 * one['successes'] / one['episodes']:.0f}"
+
+    heads = ["task", "base", "one noise, held fixed"]
+    heads += [f"residual {std}" for std in found[0]["residual"]] + list(found[0]["shapes"])
+    heads += [f"reach, bound {bound}" for bound in found[0]["reach"]] + ["recommended"]
+    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 2) + " --- |"]
+    for one in found:
+        said = one["recommended"]
+        cells = [one["env"], percent(one["base"]), ", ".join(map(percent, one["fixed"]))]
+        cells += [percent(rate) for rate in (*one["residual"].values(), *one["shapes"].values())]
+        cells += [f"{100 * share:.0f}" for share in one["reach"].values()]
+        cells.append(f"bound {said['bound']:g}, latent {said['latent']}, residual {said['residual_std']:g}")
+        lines.append("| " + " | ".join(cells) + " |")
+    write_between(HERE / "README.md", "probe", COMMAND, "\n".join(lines))
 
 
 def levels_of(task: str, stage: str) -> dict[str, SuccessRate]:
