@@ -200,7 +200,7 @@ def trained(
     job.console.log(f"{stage}: {task}, {label}")
 
     def show(progress: OnlineProgress) -> None:
-        if progress.decision % settings.evaluate_every == 0:
+        if progress.decision % settings.evaluate_every < settings.report_every:  # the first report after an evaluation
             job.console.log(f"  {progress.decision}: training {progress.recent}, evaluation {progress.success}")
 
     train_online(

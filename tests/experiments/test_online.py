@@ -28,7 +28,7 @@ from counterflow.errors import (
     UnknownNameError,
     WorkerError,
 )
-from counterflow.experiments import online_teaching
+from counterflow.experiments import online_loop, online_teaching
 from counterflow.experiments.distill import distill
 from counterflow.experiments.evaluate import ReasonerSettings, evaluate, steered_by
 from counterflow.experiments.online import OnlineTrained, read_online_settings, train_online
@@ -102,7 +102,7 @@ class Alternating:
 def kill(monkeypatch: pytest.MonkeyPatch, at: int, run: Callable[[], Any]) -> None:
     """Let a training end in the midst of its turn `at`."""
     turns = 0
-    step = module._Training._turn
+    step = online_loop.OnlineLoop._turn
 
     def killed(self: Any, *arguments: Any) -> None:
         nonlocal turns
@@ -112,7 +112,7 @@ def kill(monkeypatch: pytest.MonkeyPatch, at: int, run: Callable[[], Any]) -> No
         step(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._Training, "_turn", killed)
+        patch.setattr(online_loop.OnlineLoop, "_turn", killed)
         with pytest.raises(KeyboardInterrupt):
             run()
 
@@ -695,7 +695,7 @@ class TestStart:
         self, world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         settings = replace(RUN, decisions=8, start_episodes=8, bound=0.05, episodes=0)
-        monkeypatch.setattr(module, "run_episodes", _by_bound)
+        monkeypatch.setattr(online_loop, "run_episodes", _by_bound)
         with pytest.warns(UserWarning, match="the first success may never come"):
             train("dsrl", tmp_path / "run", settings)
         told = json.loads((tmp_path / "run" / "start.json").read_text())

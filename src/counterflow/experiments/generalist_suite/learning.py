@@ -103,7 +103,7 @@ def _learn(
     suite.log(f"rl: {task}, {label}")
 
     def show(progress: OnlineProgress) -> None:
-        if progress.decision % every == 0:
+        if progress.decision % every < run.report_every:  # the first report after an evaluation
             suite.log(f"  {progress.decision}: training {progress.recent}, evaluation {progress.success}")
 
     out = suite.data / "rl" / f"{name}-{zlib.crc32(json.dumps(asked, sort_keys=True).encode()):08x}"
