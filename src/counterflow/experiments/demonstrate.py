@@ -34,7 +34,8 @@ Progress = Callable[[int, int], None]
 
 MAX_EPISODES = 100_000
 ATTEMPTS = 5  # for each episode that is wanted, before the expert is given up
-HOPELESS = 20  # or as many without a success, from the first on
+FIRST = 20  # attempts after which it is given up, too, if fewer than LEAST of them are successes
+LEAST = 0.1
 PACKAGES = {"ogbench": "ogbench", "metaworld": "metaworld", "libero": "hf-libero"}
 SOURCES = {
     "ogbench": "scripted oracles of the ogbench package (arXiv 2410.20092), pursuing the task's own goal",
@@ -128,7 +129,7 @@ def demonstrate(
     if len(successes) < episodes:
         raise TrainingError(
             f"the expert succeeded in {len(successes)} of {len(attempts)} episodes of {env_name}; expected {episodes} "
-            f"successes in at most {ATTEMPTS * episodes} and one in the first {max(episodes, HOPELESS)}, and nothing was "
+            f"successes in at most {ATTEMPTS * episodes}, {LEAST:.0%} of the first {max(episodes, FIRST)}, and nothing was "
             f"written. Choose less noise (it was {noise}) or another task."
         )
     return _write(path, request, successes, len(attempts))
@@ -224,7 +225,8 @@ def _attempt(
     Returns:
         The attempts in the order of their seeds; no more successes than were asked for. Too few, where it was given up.
     """
-    patience = max(episodes, HOPELESS)
+    patience = max(episodes, FIRST)
+    least = LEAST * patience
     playing: dict[int, int] = {}
     tries = [_Attempt() for _ in range(ATTEMPTS * episodes)]
     begun = finished = successes = 0
@@ -259,7 +261,7 @@ def _attempt(
             successes += current.success
             if on_episode is not None:
                 on_episode(successes, finished)
-            in_vain = min(playing.values(), default=begun) >= patience and not any(one.success for one in first)
+            in_vain = min(playing.values(), default=begun) >= patience and sum(one.success for one in first) < least
             if successes + len(playing) < episodes and begun < len(tries) and not in_vain:
                 fresh[row] = begin(row)
         if fresh:

@@ -343,6 +343,19 @@ def report_speed(suite: Suite) -> str:
     for row in found["rows"]:
         times = " | ".join(f"{1000 * row['seconds_per_chunk'][part]:.2f}" for part in parts)
         lines.append(f"| {row['environments']} | {row['steps_per_second']:,.0f} | {times} |")
+    beside = found.get("beside_robosuite")
+    if beside is not None:
+        lines += [
+            "",
+            "One environment alone, milliseconds:",
+            "",
+            "| | counterflow | robosuite's own |",
+            "| --- | ---: | ---: |",
+        ]
+        lines += [
+            f"| a {what} | {1000 * one['counterflow']:.1f} | {1000 * one['robosuite']:.1f} |"
+            for what, one in beside.items()
+        ]
     return "\n".join(lines)
 
 

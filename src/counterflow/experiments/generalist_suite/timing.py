@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from counterflow.envs import make_env
+from counterflow.envs.libero import SETTLING_STEPS, LiberoEnv
 from counterflow.experiments.evaluate import ReasonerSettings, load_prior, machine
 from counterflow.experiments.generalist_suite.suite import Suite
 from counterflow.experiments.rollout import seen_by
 from counterflow.experiments.sight import Eyes, looks
 from counterflow.files import write_json
-from counterflow.random import child_seed
+from counterflow.random import child_seed, global_numpy
 from counterflow.reasoners import to_reference
 from counterflow.steering import steer
 
 SPEED_CHUNKS = 40
+BESIDE_STEPS, BESIDE_RESETS = 200, 10
 
 
 def speed(suite: Suite) -> None:
@@ -70,4 +73,42 @@ def speed(suite: Suite) -> None:
             }
         )
         suite.log(f"speed: {rows} environments, {1 / simulating:.0f} steps a second")
+    if suite.settings.family == "libero":
+        found["beside_robosuite"] = beside_robosuite(task, suite.settings.seed)
     write_json(suite.results / "speed.json", found)
+
+
+def beside_robosuite(task: str, seed: int) -> dict[str, dict[str, float]]:
+    """Measure one environment of LIBERO's in this process, and the same with robosuite's own way to step and reset it.
+
+    Returns:
+        Seconds of a "step" and of a "reset", each for "counterflow" and for "robosuite".
+    """
+    env = LiberoEnv(task)
+    still = np.append(np.zeros(6), -1.0)
+
+    def seconds(does: Callable[[int], Any], count: int) -> float:
+        does(0)  # the first time compiles
+        began = time.perf_counter()
+        for index in range(count):
+            does(index)
+        return (time.perf_counter() - began) / count
+
+    found: dict[str, dict[str, float]] = {"step": {}, "reset": {}}
+    try:
+        found["reset"]["counterflow"] = seconds(lambda index: env.reset(child_seed(seed, index)), BESIDE_RESETS)
+        found["step"]["counterflow"] = seconds(lambda _: env.step(still), BESIDE_STEPS)
+        own = env.simulator
+        found["step"]["robosuite"] = seconds(lambda _: own.step(still), BESIDE_STEPS)
+        del own._initialize_sim  # its class's own again
+
+        def reset(index: int) -> None:
+            with global_numpy(child_seed(seed, index)):
+                own.reset()
+            for _ in range(SETTLING_STEPS):
+                own.step(still)
+
+        found["reset"]["robosuite"] = seconds(reset, BESIDE_RESETS)
+    finally:
+        env.close()
+    return found
