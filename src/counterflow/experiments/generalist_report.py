@@ -187,6 +187,16 @@ def report_zero_shot(suite: Suite) -> str:
     return "\n".join(lines)
 
 
+def report_means(suite: Suite) -> str:
+    """Return the zero-shot table's means alone, a row for the tasks that the generalist fails and one for all that are steered."""
+    rates, every, failed = suite.steered_rates(), suite.steered(), suite.failed()
+    lines = ["| held-out tasks | " + " | ".join(NAMES.values()) + " |", "| --- |" + " ---: |" * len(NAMES)]
+    for name, tasks in ((f"the {len(failed)} that it fails", failed), (f"all {len(every)} that are steered", every)):
+        if tasks:
+            lines.append(f"| {name} | " + " | ".join(cell(_mean(rates[method], tasks)) for method in NAMES) + " |")
+    return "\n".join(lines)
+
+
 def gains(rates: Mapping[str, Rates], method: str, tasks: Sequence[str]) -> int:
     """Count the tasks where a method succeeds at least ten points more often than the base."""
     return sum(rates[method][task].rate - rates["base"][task].rate >= GAIN for task in tasks)

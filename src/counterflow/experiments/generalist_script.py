@@ -9,8 +9,10 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from counterflow.experiments.generalist_report import Differs, write_report
+from counterflow.errors import DatasetError
+from counterflow.experiments.generalist_report import Differs, report_means, write_report
 from counterflow.experiments.generalist_suite import STAGES, Stage, Suite, SuiteSettings, run_suite
+from counterflow.files import write_between
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,12 @@ def script(folder: Path, settings: SuiteSettings, description: str, differs: Dif
     suite = Suite(arguments.settings, arguments.out, lambda line: console.log(line, highlight=False))
     if not arguments.only_report:
         run_suite(suite, arguments.stages)
-    tables = write_report(suite, arguments.out / "README.md", f"benchmarks/{folder.name}/run.py", differs)
+    command = f"benchmarks/{folder.name}/run.py"
+    tables = write_report(suite, arguments.out / "README.md", command, differs)
+    if arguments.out.resolve() == folder.resolve():  # what is measured elsewhere is not the project's front page
+        try:
+            write_between(folder.parents[1] / "README.md", suite.settings.family, command, report_means(suite))
+        except DatasetError:
+            pass
     for name, table in tables.items():
         console.print(f"\n{name}\n{table}", markup=False, highlight=False, soft_wrap=True)
