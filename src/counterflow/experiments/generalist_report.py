@@ -188,7 +188,7 @@ def report_zero_shot(suite: Suite) -> str:
 
 
 def report_means(suite: Suite) -> str:
-    """Return the zero-shot table's means alone, a row for the tasks that the generalist fails and one for all that are steered."""
+    """Return the zero-shot table's means alone, a row for the tasks that the generalist fails and one for all steered ones."""
     rates, every, failed = suite.steered_rates(), suite.steered(), suite.failed()
     lines = ["| held-out tasks | " + " | ".join(NAMES.values()) + " |", "| --- |" + " ---: |" * len(NAMES)]
     for name, tasks in ((f"the {len(failed)} that it fails", failed), (f"all {len(every)} that are steered", every)):

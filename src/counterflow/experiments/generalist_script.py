@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -46,9 +47,7 @@ def script(folder: Path, settings: SuiteSettings, description: str, differs: Dif
     command = f"benchmarks/{folder.name}/run.py"
     tables = write_report(suite, arguments.out / "README.md", command, differs)
     if arguments.out.resolve() == folder.resolve():  # what is measured elsewhere is not the project's front page
-        try:
+        with suppress(DatasetError):  # an earlier stage is not finished
             write_between(folder.parents[1] / "README.md", suite.settings.family, command, report_means(suite))
-        except DatasetError:
-            pass
     for name, table in tables.items():
         console.print(f"\n{name}\n{table}", markup=False, highlight=False, soft_wrap=True)
