@@ -34,8 +34,7 @@ Progress = Callable[[int, int], None]
 
 MAX_EPISODES = 100_000
 ATTEMPTS = 5  # for each episode that is wanted, before the expert is given up
-FIRST = 20  # attempts after which it is given up, too, if fewer than LEAST of them are successes
-LEAST = 0.1
+FIRST = 20  # attempts after which it is given up, too, if it succeeds more seldom than that
 PACKAGES = {"ogbench": "ogbench", "metaworld": "metaworld", "libero": "hf-libero"}
 SOURCES = {
     "ogbench": "scripted oracles of the ogbench package (arXiv 2410.20092), pursuing the task's own goal",
@@ -129,7 +128,7 @@ def demonstrate(
     if len(successes) < episodes:
         raise TrainingError(
             f"the expert succeeded in {len(successes)} of {len(attempts)} episodes of {env_name}; expected {episodes} "
-            f"successes in at most {ATTEMPTS * episodes}, {LEAST:.0%} of the first {max(episodes, FIRST)}, and nothing was "
+            f"successes in at most {ATTEMPTS * episodes}, one in {ATTEMPTS} of the first {max(episodes, FIRST)}, and nothing was "
             f"written. Choose less noise (it was {noise}) or another task."
         )
     return _write(path, request, successes, len(attempts))
@@ -226,7 +225,7 @@ def _attempt(
         The attempts in the order of their seeds; no more successes than were asked for. Too few, where it was given up.
     """
     patience = max(episodes, FIRST)
-    least = LEAST * patience
+    least = patience / ATTEMPTS
     playing: dict[int, int] = {}
     tries = [_Attempt() for _ in range(ATTEMPTS * episodes)]
     begun = finished = successes = 0
