@@ -36,6 +36,9 @@ WIDEST = 0.072  # metres between the open fingers, with a little to spare
 HOVER = 0.12  # metres above a thing from where the gripper comes down
 CARRY = 0.14  # metres above the place at which a thing is carried
 LOST = 0.06  # metres from a handle at which it isn't held any more
+LIFTED = 0.03  # metres by which a thing has risen that was taken hold of
+HAND_HALF = (0.04, 0.11)  # metres from a hand's middle to its sides, across its fingers' motion and along it
+STRETCHED = (-0.6, -0.25)  # radians of the elbow: from the first on the hand rises more slowly, at the second no more
 GRIPPING_STEPS = 12
 LETTING_GO_STEPS = 8
 HOLLOW = ("bowl", "mug", "ramekin")
@@ -204,13 +207,76 @@ class LiberoExpert:
 
     def _bring(self, goal: Goal) -> Iterator[Action]:
         """Pick a thing up and put it down, trying one grasp after another."""
+        yield from self._make_room(goal.thing)
         for grasp in self._grasps(goal.thing):
+            lying = self._at(goal.thing)[2]
             yield from self._pick(goal.thing, grasp)
-            if self._holds(goal.thing):
+            if self._holds(goal.thing) and self._at(goal.thing)[2] > lying + LIFTED:
                 yield from self._place(goal, grasp)
             yield from self._rise()
             if self._is_done(goal):
                 return
+
+    def _beside_drawer(self, name: str) -> tuple[float, Point] | None:
+        """Say how far a thing lies in front of a drawer that is open, or is to be, metres, and where "in front" is.
+
+        None: there is none, or the thing lies above it, or well to the side.
+        """
+        to_open = [
+            self._moving(goal.thing) for goal in self.goals if goal.predicate == "open" and not self._is_done(goal)
+        ]
+        found: tuple[float, Point] | None = None
+        for key in self._view:
+            part = key.removeprefix("privileged/").removesuffix("_joint")
+            if not key.endswith("_level_joint") or (self._joint(part) > -0.03 and part not in to_open):
+                continue
+            outwards, sideways = self._turn(part) @ np.array([0.0, -1.0, 0.0]), self._turn(part)[:, 0]
+            handle = self._drawer_handle(part)
+            if part in to_open:
+                handle = handle + max(OPEN_ENOUGH + self._joint(part), 0.0) * outwards
+            offset = self._at(name) - handle
+            gap = float(offset @ outwards)
+            near = abs(float(offset @ sideways)) < 0.17 and -0.1 < gap < 0.2 and offset[2] < 0.0
+            if near and (found is None or gap < found[0]):
+                found = gap, outwards
+        return found
+
+    def _make_room(self, name: str) -> Iterator[Action]:
+        """Draw a thing away from a drawer that would keep the hand from it."""
+        for _ in range(2):
+            beside = self._beside_drawer(name)
+            if beside is None:
+                return
+            gap, outwards = beside
+            along_fingers = abs(float(self._grasps(name)[0].closing @ outwards[:2]))
+            needed = HAND_HALF[0] + (HAND_HALF[1] - HAND_HALF[0]) * along_fingers + 0.02
+            if gap >= needed:
+                return
+            yield from self._draw(name, outwards, needed - gap + 0.02)
+
+    def _draw(self, name: str, way: Point, distance: float) -> Iterator[Action]:
+        """Draw a thing over the table with shut fingers: by its wall from inside if it is hollow, else pressed down."""
+        facing = facing_down(np.array([-way[1], way[0]]))
+        low, high = self._box(name)
+        bottom, top = self._heights(name)
+        middle = self._turn(name) @ ((low + high) / 2)
+        hollow = any(word in name for word in HOLLOW)
+        depth = bottom + 0.03 if hollow else top
+
+        def over(height: float) -> Callable[[], Point]:
+            return lambda: self._at(name) + np.array([middle[0], middle[1], depth + height])
+
+        yield from self._go(over(HOVER), facing, CLOSE, near=0.02)
+        yield from self._go(over(0.0), facing, CLOSE, near=0.012, patience=40)
+        before, start = self._at(name), self._hand.copy()
+        press = np.array([0.0, 0.0, 0.0 if hollow else -0.05])
+        for step in range(self._calls(60)):
+            drawn = float((self._at(name) - before) @ way)
+            if drawn > distance:
+                break
+            ahead = min(0.006 * (step + 1) * self._stride, distance + 0.12)
+            yield self._towards(start + ahead * way + press, facing, CLOSE)
+        yield from self._rise()
 
     def _grasps(self, name: str) -> list[Grasp]:
         """Return ways to take hold of a thing, the best first."""
@@ -224,7 +290,8 @@ class LiberoExpert:
             angles = np.radians([90, -90, 60, -60, 120, -120, 0, 180])
             directions = [np.array([np.cos(angle), np.sin(angle)]) for angle in angles]
             height = top - 0.018
-            return [Grasp(np.array([*(centre + radius * way), height]), way) for way in directions]
+            rim = [Grasp(np.array([*(centre + radius * way), height]), way) for way in directions]
+            return self._thin_side_first(name, rim)
         vertical = int(np.abs(turn[2]).argmax())  # which of its own axes stands upright
         lying = [axis for axis in range(3) if axis != vertical]
         lying.sort(key=lambda axis: high[axis] - low[axis])
@@ -233,16 +300,24 @@ class LiberoExpert:
         long = lying[1]
         shifts = [0.0, 0.02, -0.02]
         if any(word in name for word in LONG_HANDLED):
-            # The handle is what sticks out of the middle of the box: its far ends.
-            reach = (high - low)[long] / 2
-            shifts = [reach - 0.04, -reach + 0.04]
+            # The origin is the pan's, and the handle is where the box reaches farther from it.
+            reach = high[long] if high[long] > -low[long] else low[long]
+            shifts = [share * reach - (low[long] + high[long]) / 2 for share in (0.65, 0.8, 0.9)]
         for axis in lying if (high - low)[lying[1]] < WIDEST else lying[:1]:
             closing = turn[:2, axis] / max(float(np.linalg.norm(turn[:2, axis])), 1e-6)
             for shift in shifts:
                 side = turn[:, long] * shift
                 height = max((bottom + top) / 2, top - 0.03)
                 found.append(Grasp(np.array([middle[0] + side[0], middle[1] + side[1], height]), closing))
-        return found
+        return self._thin_side_first(name, found)
+
+    def _thin_side_first(self, name: str, grasps: list[Grasp]) -> list[Grasp]:
+        """Return grasps in another order beside an open drawer: a hand is wide along its fingers' motion."""
+        beside = self._beside_drawer(name)
+        if beside is None:
+            return grasps
+        outwards = beside[1][:2]
+        return sorted(grasps, key=lambda grasp: round(abs(float(grasp.closing @ outwards)), 1))
 
     def _pick(self, name: str, grasp: Grasp) -> Iterator[Action]:
         facing = facing_down(grasp.closing)
@@ -276,11 +351,17 @@ class LiberoExpert:
 
             return target
 
-        start = self._hand.copy()
-        high_up = above(CARRY)
-        yield from self._go(lambda: np.array([*start[:2], max(high_up()[2], start[2])]), facing, CLOSE, near=0.03)
-        yield from self._go(high_up, facing, CLOSE, near=0.012 if self._stride == 1 else 0.03, patience=120)
-        yield from self._go(above(drop), facing, CLOSE, near=0.012 if self._stride == 1 else 0.03, patience=50)
+        start, held = self._hand.copy(), float(np.linalg.norm(self._hand - self._at(goal.thing)))
+
+        def lost() -> bool:
+            return bool(np.linalg.norm(self._hand - self._at(goal.thing)) > held + LOST)
+
+        high_up, near = above(CARRY), 0.012 if self._stride == 1 else 0.03
+        yield from self._go(
+            lambda: np.array([*start[:2], max(high_up()[2], start[2])]), facing, CLOSE, near=0.03, unless=lost
+        )
+        yield from self._go(high_up, facing, CLOSE, near=near, patience=120, unless=lost)
+        yield from self._go(above(drop), facing, CLOSE, near=near, patience=50, unless=lost)
         yield from self._wait(OPEN, LETTING_GO_STEPS)
 
     def _rise(self) -> Iterator[Action]:
@@ -294,6 +375,9 @@ class LiberoExpert:
 
     def _pull_drawer(self, thing: str) -> Iterator[Action]:
         """Take a drawer's handle from the front, tilted, and pull it out."""
+        for goal in self.goals:
+            if goal.predicate in ("on", "in") and not self._is_done(goal):
+                yield from self._make_room(goal.thing)
         part = self._moving(thing)
         outwards = self._turn(part) @ np.array([0.0, -1.0, 0.0])
         facing = facing_along(-outwards + np.array([0.0, 0.0, -0.35]), self._turn(part)[:, 0])
@@ -314,16 +398,20 @@ class LiberoExpert:
     def _push_drawer(self, thing: str) -> Iterator[Action]:
         """Push a drawer shut with the closed fingers, in front of its handle."""
         part = self._moving(thing)
-        outwards = self._turn(part) @ np.array([0.0, -1.0, 0.0])
+        outwards, sideways = self._turn(part) @ np.array([0.0, -1.0, 0.0]), self._turn(part)[:, 0]
+        facing = DOWN
+        if "_top_level" not in part:  # thin side ahead, and leaning back: handles of other drawers are above
+            forward = -0.6 * outwards + np.array([0.0, 0.0, -1.0])
+            facing = facing_along(forward, np.cross(sideways, forward))
         up = np.array([0.0, 0.0, 0.22])
-        yield from self._go(lambda: self._drawer_handle(part) + 0.09 * outwards + up, DOWN, CLOSE, near=0.03)
-        yield from self._go(lambda: self._drawer_handle(part) + 0.07 * outwards, DOWN, CLOSE, near=0.03)
+        yield from self._go(lambda: self._drawer_handle(part) + 0.09 * outwards + up, facing, CLOSE, near=0.03)
+        yield from self._go(lambda: self._drawer_handle(part) + 0.07 * outwards, facing, CLOSE, near=0.03)
         for _ in range(self._calls(160)):
             if self._joint(part) > 0.003:
                 break
-            yield self._towards(self._drawer_handle(part) - 0.06 * outwards, DOWN, CLOSE)
+            yield self._towards(self._drawer_handle(part) - 0.06 * outwards, facing, CLOSE)
         left = self._hand.copy()
-        yield from self._go(lambda: left + 0.06 * outwards, DOWN, CLOSE, near=0.03, patience=30)
+        yield from self._go(lambda: left + 0.06 * outwards, facing, CLOSE, near=0.03, patience=30)
         yield from self._rise()
 
     def _swing_door(self, goal: Goal) -> Iterator[Action]:
@@ -387,10 +475,18 @@ class LiberoExpert:
         return -(-steps // self._stride)
 
     def _go(
-        self, target: Callable[[], Point], facing: Matrix | None, gripper: float, near: float, patience: int = 100
+        self,
+        target: Callable[[], Point],
+        facing: Matrix | None,
+        gripper: float,
+        near: float,
+        patience: int = 100,
+        unless: Callable[[], bool] = lambda: False,
     ) -> Iterator[Action]:
-        """Go to where `target` says, turned as `facing` (None: as it is), until it is near or patience ends."""
+        """Go to where `target` says, turned as `facing` (None: as it is), until near, or patience ends, or `unless`."""
         for _ in range(self._calls(patience)):
+            if unless():
+                return
             place = target()
             turned = 0.0 if facing is None else float(np.linalg.norm(rotation_vector(facing, self._facing())))
             if np.linalg.norm(place - self._hand) < near and turned < (0.12 if self._stride == 1 else 0.5):
@@ -408,7 +504,11 @@ class LiberoExpert:
 
     def _towards(self, place: Point, facing: Matrix | None, gripper: float) -> Action:
         turning = np.zeros(3) if facing is None else TURNING_GAIN * rotation_vector(facing, self._facing())
-        return np.array([*(GAIN * (place - self._hand)), *turning, gripper])
+        motion = GAIN * (place - self._hand)
+        if motion[2] > 0.0:  # an arm that is quite stretched can't be bent again by moving its hand
+            bent, straight = STRETCHED
+            motion[2] *= np.clip((straight - self._view["proprio/joint_pos"][3]) / (straight - bent), 0.0, 1.0)
+        return np.array([*motion, *turning, gripper])
 
 
 class LiberoReasoner:
