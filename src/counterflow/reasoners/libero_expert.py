@@ -37,7 +37,10 @@ HOVER = 0.12  # metres above a thing from where the gripper comes down
 CARRY = 0.14  # metres above the place at which a thing is carried
 LOST = 0.06  # metres from a handle at which it isn't held any more
 LIFTED = 0.03  # metres by which a thing has risen that was taken hold of
-HAND_HALF = (0.04, 0.11)  # metres from a hand's middle to its sides, across its fingers' motion and along it
+BASE = np.array([-0.66, 0.0])  # where the robot stands
+HAND_HALF = 0.11  # metres from a hand's middle to its sides, along its fingers' motion
+ACROSS = 0.5  # cosine below which fingers move across a direction
+LEAN = 0.45  # metres outwards for a metre up, of a hand beside an open drawer
 STRETCHED = (-0.6, -0.25)  # radians of the elbow: from the first on the hand rises more slowly, at the second no more
 GRIPPING_STEPS = 12
 LETTING_GO_STEPS = 8
@@ -80,6 +83,8 @@ class LiberoExpert:
         SHARE.check("the expert's noise", noise)
         COUNT.check("the expert's stride", stride)
         self.goals, self._noise, self._stride = goals_of(env_name), noise, stride
+        if all(goal.predicate in ("open", "close") for goal in self.goals):  # an open drawer hangs over those below
+            self.goals = tuple(sorted(self.goals, key=lambda goal: goal.predicate == "open"))
         self._close_by = 0.012 if stride == 1 else 0.03
         self.reset(0)
 
@@ -164,8 +169,9 @@ class LiberoExpert:
         """Do one goal after another, and again whatever is undone."""
         while True:
             for goal in self.goals:
-                if not self._is_done(goal):
-                    yield from self._achieve(goal)
+                for _ in range(3 if goal.predicate == "open" else 1):  # what is to go in has to wait for it
+                    if not self._is_done(goal):
+                        yield from self._achieve(goal)
             yield from self._wait(OPEN, 5)
 
     def _is_done(self, goal: Goal) -> bool:
@@ -249,14 +255,14 @@ class LiberoExpert:
                 return
             gap, outwards = beside
             along_fingers = abs(float(self._grasps(name)[0].closing @ outwards[:2]))
-            needed = HAND_HALF[0] + (HAND_HALF[1] - HAND_HALF[0]) * along_fingers + 0.02
+            needed = 0.03 if along_fingers < ACROSS else HAND_HALF + 0.02
             if gap >= needed:
                 return
             yield from self._draw(name, outwards, needed - gap + 0.02)
 
     def _draw(self, name: str, way: Point, distance: float) -> Iterator[Action]:
         """Draw a thing over the table with shut fingers: by its wall from inside if it is hollow, else pressed down."""
-        facing = facing_down(np.array([-way[1], way[0]]))
+        facing = self._beside(name, np.array([-way[1], way[0]]))
         low, high = self._box(name)
         bottom, top = self._heights(name)
         middle = self._turn(name) @ ((low + high) / 2)
@@ -319,8 +325,16 @@ class LiberoExpert:
         outwards = beside[1][:2]
         return sorted(grasps, key=lambda grasp: round(abs(float(grasp.closing @ outwards)), 1))
 
+    def _beside(self, name: str, closing: npt.NDArray[np.float64]) -> Matrix:
+        """Return the hand's rotation over a thing: downwards; beside an open drawer leaning away from it, thin side ahead."""
+        beside = self._beside_drawer(name)
+        if beside is None or abs(float(closing @ beside[1][:2])) > ACROSS:
+            return facing_down(closing)
+        forward = np.array([0.0, 0.0, -1.0]) - LEAN * beside[1]
+        return facing_along(forward, np.cross([closing[0], closing[1], 0.0], forward))
+
     def _pick(self, name: str, grasp: Grasp) -> Iterator[Action]:
-        facing = facing_down(grasp.closing)
+        facing = self._beside(name, grasp.closing)
         above = np.array([0.0, 0.0, HOVER])
         yield from self._go(lambda: self._at(name) + grasp.offset + above, facing, OPEN, near=0.02)
         yield from self._go(lambda: self._at(name) + grasp.offset, facing, OPEN, near=self._close_by, patience=60)
@@ -505,9 +519,12 @@ class LiberoExpert:
     def _towards(self, place: Point, facing: Matrix | None, gripper: float) -> Action:
         turning = np.zeros(3) if facing is None else TURNING_GAIN * rotation_vector(facing, self._facing())
         motion = GAIN * (place - self._hand)
-        if motion[2] > 0.0:  # an arm that is quite stretched can't be bent again by moving its hand
+        if motion[2] > 0.0:  # an arm that is quite stretched can't be bent again by lifting its hand: nearer first
             bent, straight = STRETCHED
-            motion[2] *= np.clip((straight - self._view["proprio/joint_pos"][3]) / (straight - bent), 0.0, 1.0)
+            able = np.clip((straight - self._view["proprio/joint_pos"][3]) / (straight - bent), 0.0, 1.0)
+            reach = self._hand[:2] - BASE
+            motion[2] *= able
+            motion[:2] -= (1.0 - able) * reach / np.linalg.norm(reach)
         return np.array([*motion, *turning, gripper])
 
 
