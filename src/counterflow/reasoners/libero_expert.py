@@ -40,7 +40,8 @@ LIFTED = 0.03  # metres by which a thing has risen that was taken hold of
 BASE = np.array([-0.66, 0.0])  # where the robot stands
 HAND_HALF = 0.11  # metres from a hand's middle to its sides, along its fingers' motion
 ACROSS = 0.5  # cosine below which fingers move across a direction
-LEAN = 0.45  # metres outwards for a metre up, of a hand beside an open drawer
+LEAN = 0.45  # metres to the side for a metre up, of a hand that leans
+FAR = 0.75  # metres from the robot, from where on a hand leans back
 STRETCHED = (-0.6, -0.25)  # radians of the elbow: from the first on the hand rises more slowly, at the second no more
 GRIPPING_STEPS = 12
 LETTING_GO_STEPS = 8
@@ -180,7 +181,8 @@ class LiberoExpert:
             offset = self._at(goal.thing) - self._at(goal.place)
             near = 0.028 if goal.predicate == "on" and not self._is_region(goal.place) else 0.05
             let_go = np.linalg.norm(self._hand - self._at(goal.thing)) > 0.08
-            return bool(np.abs(offset[:2]).max() < near and offset[2] < 0.12 and let_go)
+            most = 0.03 if "_contain_region" in goal.place else 0.12  # it may have stayed on top of a wall
+            return bool(np.abs(offset[:2]).max() < near and offset[2] < most and let_go)
         moved = self._joint(self._moving(goal.thing))
         if "microwave" in goal.thing:
             return moved < -1.35 if goal.predicate == "open" else moved > -0.004
@@ -326,11 +328,21 @@ class LiberoExpert:
         return sorted(grasps, key=lambda grasp: round(abs(float(grasp.closing @ outwards)), 1))
 
     def _beside(self, name: str, closing: npt.NDArray[np.float64]) -> Matrix:
-        """Return the hand's rotation over a thing: downwards; beside an open drawer leaning away from it, thin side ahead."""
-        beside = self._beside_drawer(name)
-        if beside is None or abs(float(closing @ beside[1][:2])) > ACROSS:
+        """Return the hand's rotation over a thing: downwards; leaning, across its fingers' motion, where that helps.
+
+        Away from an open drawer; and back towards the robot over things that are far, lest the arm is stretched.
+        """
+        beside, reach = self._beside_drawer(name), self._at(name)[:2] - BASE
+        distance = float(np.linalg.norm(reach))
+        if beside is not None:
+            lean = beside[1]
+        elif distance > FAR:
+            lean = -np.array([*reach, 0.0]) / distance
+        else:
             return facing_down(closing)
-        forward = np.array([0.0, 0.0, -1.0]) - LEAN * beside[1]
+        if abs(float(closing @ lean[:2])) > ACROSS:
+            return facing_down(closing)
+        forward = np.array([0.0, 0.0, -1.0]) - LEAN * lean
         return facing_along(forward, np.cross([closing[0], closing[1], 0.0], forward))
 
     def _pick(self, name: str, grasp: Grasp) -> Iterator[Action]:
@@ -349,8 +361,19 @@ class LiberoExpert:
         shut = self._view["proprio/gripper_opening"][0] > 0.98
         return bool(np.linalg.norm(self._hand - self._at(name)) < reach and not shut)
 
+    def _put_across(self, goal: Goal, closing: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Return the direction (2,) of the fingers' motion with which a thing goes in: a book along its compartment's walls."""
+        fixture = goal.place.rpartition("_contain_region")[0].rpartition("_")[0]
+        if "book" not in goal.thing or f"privileged/{fixture}_quat" not in self._view:
+            return closing
+        axes = self._turn(fixture)[:2, :2].T
+        narrow = any(side in goal.place for side in ("_front_contain", "_back_contain"))
+        axis = axes[0] if narrow else max(axes, key=lambda one: abs(float(one @ closing)))
+        chosen: npt.NDArray[np.float64] = axis if axis @ closing >= 0 else -axis
+        return chosen
+
     def _place(self, goal: Goal, grasp: Grasp) -> Iterator[Action]:
-        facing = facing_down(grasp.closing)
+        facing = facing_down(self._put_across(goal, grasp.closing), near=self._facing())
         bottom, _ = self._heights(goal.thing)
         surface = self._heights(goal.place)[1] if not self._is_region(goal.place) else 0.0
         if any(word in goal.place for word in ("plate", "bowl")):
@@ -360,6 +383,9 @@ class LiberoExpert:
         def above(height: float) -> Callable[[], Point]:
             def target() -> Point:
                 carried = self._hand - self._at(goal.thing)  # what is held off its middle is put down as much off
+                if "_contain_region" in goal.place:  # hardly wider than what goes in
+                    low, high = self._box(goal.thing)
+                    carried[:2] -= (self._turn(goal.thing) @ ((low + high) / 2))[:2]
                 place = self._at(goal.place)
                 return np.array([*(place + carried)[:2], place[2] + surface - bottom + carried[2] + height])
 
@@ -374,8 +400,14 @@ class LiberoExpert:
         yield from self._go(
             lambda: np.array([*start[:2], max(high_up()[2], start[2])]), facing, CLOSE, near=0.03, unless=lost
         )
-        yield from self._go(high_up, facing, CLOSE, near=near, patience=120, unless=lost)
-        yield from self._go(above(drop), facing, CLOSE, near=near, patience=50, unless=lost)
+        over = self._hand[2]  # what it was taken from may be higher than where it goes
+
+        def across() -> Point:
+            target = high_up()
+            return np.array([*target[:2], max(target[2], over)])
+
+        yield from self._go(across, facing, CLOSE, near=near, patience=120, unless=lost)
+        yield from self._go(above(drop), facing, CLOSE, near=near, patience=80, unless=lost)
         yield from self._wait(OPEN, LETTING_GO_STEPS)
 
     def _rise(self) -> Iterator[Action]:
