@@ -36,6 +36,13 @@ WIDEST = 0.072  # metres between the open fingers, with a little to spare
 HOVER = 0.12  # metres above a thing from where the gripper comes down
 CARRY = 0.14  # metres above the place at which a thing is carried
 LOST = 0.06  # metres from a handle at which it isn't held any more
+LIFTED = 0.03  # metres by which a thing has risen that was taken hold of
+BASE = np.array([-0.66, 0.0])  # where the robot stands
+HAND_HALF = 0.11  # metres from a hand's middle to its sides, along its fingers' motion
+ACROSS = 0.5  # cosine below which fingers move across a direction
+LEAN = 0.45  # metres to the side for a metre up, of a hand that leans
+FAR = 0.75  # metres from the robot, from where on a hand leans back
+STRETCHED = (-0.6, -0.25)  # radians of the elbow: from the first on the hand rises more slowly, at the second no more
 GRIPPING_STEPS = 12
 LETTING_GO_STEPS = 8
 HOLLOW = ("bowl", "mug", "ramekin")
@@ -77,6 +84,8 @@ class LiberoExpert:
         SHARE.check("the expert's noise", noise)
         COUNT.check("the expert's stride", stride)
         self.goals, self._noise, self._stride = goals_of(env_name), noise, stride
+        if all(goal.predicate in ("open", "close") for goal in self.goals):  # an open drawer hangs over those below
+            self.goals = tuple(sorted(self.goals, key=lambda goal: goal.predicate == "open"))
         self._close_by = 0.012 if stride == 1 else 0.03
         self.reset(0)
 
@@ -161,8 +170,9 @@ class LiberoExpert:
         """Do one goal after another, and again whatever is undone."""
         while True:
             for goal in self.goals:
-                if not self._is_done(goal):
-                    yield from self._achieve(goal)
+                for _ in range(3 if goal.predicate == "open" else 1):  # what is to go in has to wait for it
+                    if not self._is_done(goal):
+                        yield from self._achieve(goal)
             yield from self._wait(OPEN, 5)
 
     def _is_done(self, goal: Goal) -> bool:
@@ -171,7 +181,8 @@ class LiberoExpert:
             offset = self._at(goal.thing) - self._at(goal.place)
             near = 0.028 if goal.predicate == "on" and not self._is_region(goal.place) else 0.05
             let_go = np.linalg.norm(self._hand - self._at(goal.thing)) > 0.08
-            return bool(np.abs(offset[:2]).max() < near and offset[2] < 0.12 and let_go)
+            most = 0.03 if "_contain_region" in goal.place else 0.12  # it may have stayed on top of a wall
+            return bool(np.abs(offset[:2]).max() < near and offset[2] < most and let_go)
         moved = self._joint(self._moving(goal.thing))
         if "microwave" in goal.thing:
             return moved < -1.35 if goal.predicate == "open" else moved > -0.004
@@ -204,13 +215,76 @@ class LiberoExpert:
 
     def _bring(self, goal: Goal) -> Iterator[Action]:
         """Pick a thing up and put it down, trying one grasp after another."""
+        yield from self._make_room(goal.thing)
         for grasp in self._grasps(goal.thing):
+            lying = self._at(goal.thing)[2]
             yield from self._pick(goal.thing, grasp)
-            if self._holds(goal.thing):
+            if self._holds(goal.thing) and self._at(goal.thing)[2] > lying + LIFTED:
                 yield from self._place(goal, grasp)
             yield from self._rise()
             if self._is_done(goal):
                 return
+
+    def _beside_drawer(self, name: str) -> tuple[float, Point] | None:
+        """Say how far a thing lies in front of a drawer that is open, or is to be, metres, and where "in front" is.
+
+        None: there is none, or the thing lies above it, or well to the side.
+        """
+        to_open = [
+            self._moving(goal.thing) for goal in self.goals if goal.predicate == "open" and not self._is_done(goal)
+        ]
+        found: tuple[float, Point] | None = None
+        for key in self._view:
+            part = key.removeprefix("privileged/").removesuffix("_joint")
+            if not key.endswith("_level_joint") or (self._joint(part) > -0.03 and part not in to_open):
+                continue
+            outwards, sideways = self._turn(part) @ np.array([0.0, -1.0, 0.0]), self._turn(part)[:, 0]
+            handle = self._drawer_handle(part)
+            if part in to_open:
+                handle = handle + max(OPEN_ENOUGH + self._joint(part), 0.0) * outwards
+            offset = self._at(name) - handle
+            gap = float(offset @ outwards)
+            near = abs(float(offset @ sideways)) < 0.17 and -0.1 < gap < 0.2 and offset[2] < 0.0
+            if near and (found is None or gap < found[0]):
+                found = gap, outwards
+        return found
+
+    def _make_room(self, name: str) -> Iterator[Action]:
+        """Draw a thing away from a drawer that would keep the hand from it."""
+        for _ in range(2):
+            beside = self._beside_drawer(name)
+            if beside is None:
+                return
+            gap, outwards = beside
+            along_fingers = abs(float(self._grasps(name)[0].closing @ outwards[:2]))
+            needed = 0.03 if along_fingers < ACROSS else HAND_HALF + 0.02
+            if gap >= needed:
+                return
+            yield from self._draw(name, outwards, needed - gap + 0.02)
+
+    def _draw(self, name: str, way: Point, distance: float) -> Iterator[Action]:
+        """Draw a thing over the table with shut fingers: by its wall from inside if it is hollow, else pressed down."""
+        facing = self._beside(name, np.array([-way[1], way[0]]))
+        low, high = self._box(name)
+        bottom, top = self._heights(name)
+        middle = self._turn(name) @ ((low + high) / 2)
+        hollow = any(word in name for word in HOLLOW)
+        depth = bottom + 0.03 if hollow else top
+
+        def over(height: float) -> Callable[[], Point]:
+            return lambda: self._at(name) + np.array([middle[0], middle[1], depth + height])
+
+        yield from self._go(over(HOVER), facing, CLOSE, near=0.02)
+        yield from self._go(over(0.0), facing, CLOSE, near=0.012, patience=40)
+        before, start = self._at(name), self._hand.copy()
+        press = np.array([0.0, 0.0, 0.0 if hollow else -0.05])
+        for step in range(self._calls(60)):
+            drawn = float((self._at(name) - before) @ way)
+            if drawn > distance:
+                break
+            ahead = min(0.006 * (step + 1) * self._stride, distance + 0.12)
+            yield self._towards(start + ahead * way + press, facing, CLOSE)
+        yield from self._rise()
 
     def _grasps(self, name: str) -> list[Grasp]:
         """Return ways to take hold of a thing, the best first."""
@@ -224,7 +298,8 @@ class LiberoExpert:
             angles = np.radians([90, -90, 60, -60, 120, -120, 0, 180])
             directions = [np.array([np.cos(angle), np.sin(angle)]) for angle in angles]
             height = top - 0.018
-            return [Grasp(np.array([*(centre + radius * way), height]), way) for way in directions]
+            rim = [Grasp(np.array([*(centre + radius * way), height]), way) for way in directions]
+            return self._thin_side_first(name, rim)
         vertical = int(np.abs(turn[2]).argmax())  # which of its own axes stands upright
         lying = [axis for axis in range(3) if axis != vertical]
         lying.sort(key=lambda axis: high[axis] - low[axis])
@@ -233,19 +308,45 @@ class LiberoExpert:
         long = lying[1]
         shifts = [0.0, 0.02, -0.02]
         if any(word in name for word in LONG_HANDLED):
-            # The handle is what sticks out of the middle of the box: its far ends.
-            reach = (high - low)[long] / 2
-            shifts = [reach - 0.04, -reach + 0.04]
+            # The origin is the pan's, and the handle is where the box reaches farther from it.
+            reach = high[long] if high[long] > -low[long] else low[long]
+            shifts = [share * reach - (low[long] + high[long]) / 2 for share in (0.65, 0.8, 0.9)]
         for axis in lying if (high - low)[lying[1]] < WIDEST else lying[:1]:
             closing = turn[:2, axis] / max(float(np.linalg.norm(turn[:2, axis])), 1e-6)
             for shift in shifts:
                 side = turn[:, long] * shift
                 height = max((bottom + top) / 2, top - 0.03)
                 found.append(Grasp(np.array([middle[0] + side[0], middle[1] + side[1], height]), closing))
-        return found
+        return self._thin_side_first(name, found)
+
+    def _thin_side_first(self, name: str, grasps: list[Grasp]) -> list[Grasp]:
+        """Return grasps in another order beside an open drawer: a hand is wide along its fingers' motion."""
+        beside = self._beside_drawer(name)
+        if beside is None:
+            return grasps
+        outwards = beside[1][:2]
+        return sorted(grasps, key=lambda grasp: round(abs(float(grasp.closing @ outwards)), 1))
+
+    def _beside(self, name: str, closing: npt.NDArray[np.float64]) -> Matrix:
+        """Return the hand's rotation over a thing: downwards; leaning, across its fingers' motion, where that helps.
+
+        Away from an open drawer; and back towards the robot over things that are far, lest the arm is stretched.
+        """
+        beside, reach = self._beside_drawer(name), self._at(name)[:2] - BASE
+        distance = float(np.linalg.norm(reach))
+        if beside is not None:
+            lean = beside[1]
+        elif distance > FAR:
+            lean = -np.array([*reach, 0.0]) / distance
+        else:
+            return facing_down(closing)
+        if abs(float(closing @ lean[:2])) > ACROSS:
+            return facing_down(closing)
+        forward = np.array([0.0, 0.0, -1.0]) - LEAN * lean
+        return facing_along(forward, np.cross([closing[0], closing[1], 0.0], forward))
 
     def _pick(self, name: str, grasp: Grasp) -> Iterator[Action]:
-        facing = facing_down(grasp.closing)
+        facing = self._beside(name, grasp.closing)
         above = np.array([0.0, 0.0, HOVER])
         yield from self._go(lambda: self._at(name) + grasp.offset + above, facing, OPEN, near=0.02)
         yield from self._go(lambda: self._at(name) + grasp.offset, facing, OPEN, near=self._close_by, patience=60)
@@ -260,8 +361,19 @@ class LiberoExpert:
         shut = self._view["proprio/gripper_opening"][0] > 0.98
         return bool(np.linalg.norm(self._hand - self._at(name)) < reach and not shut)
 
+    def _put_across(self, goal: Goal, closing: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Return the direction (2,) of the fingers' motion with which a thing goes in: a book along its compartment's walls."""
+        fixture = goal.place.rpartition("_contain_region")[0].rpartition("_")[0]
+        if "book" not in goal.thing or f"privileged/{fixture}_quat" not in self._view:
+            return closing
+        axes = self._turn(fixture)[:2, :2].T
+        narrow = any(side in goal.place for side in ("_front_contain", "_back_contain"))
+        axis = axes[0] if narrow else max(axes, key=lambda one: abs(float(one @ closing)))
+        chosen: npt.NDArray[np.float64] = axis if axis @ closing >= 0 else -axis
+        return chosen
+
     def _place(self, goal: Goal, grasp: Grasp) -> Iterator[Action]:
-        facing = facing_down(grasp.closing)
+        facing = facing_down(self._put_across(goal, grasp.closing), near=self._facing())
         bottom, _ = self._heights(goal.thing)
         surface = self._heights(goal.place)[1] if not self._is_region(goal.place) else 0.0
         if any(word in goal.place for word in ("plate", "bowl")):
@@ -271,16 +383,31 @@ class LiberoExpert:
         def above(height: float) -> Callable[[], Point]:
             def target() -> Point:
                 carried = self._hand - self._at(goal.thing)  # what is held off its middle is put down as much off
+                if "_contain_region" in goal.place:  # hardly wider than what goes in
+                    low, high = self._box(goal.thing)
+                    carried[:2] -= (self._turn(goal.thing) @ ((low + high) / 2))[:2]
                 place = self._at(goal.place)
                 return np.array([*(place + carried)[:2], place[2] + surface - bottom + carried[2] + height])
 
             return target
 
-        start = self._hand.copy()
-        high_up = above(CARRY)
-        yield from self._go(lambda: np.array([*start[:2], max(high_up()[2], start[2])]), facing, CLOSE, near=0.03)
-        yield from self._go(high_up, facing, CLOSE, near=0.012 if self._stride == 1 else 0.03, patience=120)
-        yield from self._go(above(drop), facing, CLOSE, near=0.012 if self._stride == 1 else 0.03, patience=50)
+        start, held = self._hand.copy(), float(np.linalg.norm(self._hand - self._at(goal.thing)))
+
+        def lost() -> bool:
+            return bool(np.linalg.norm(self._hand - self._at(goal.thing)) > held + LOST)
+
+        high_up, near = above(CARRY), 0.012 if self._stride == 1 else 0.03
+        yield from self._go(
+            lambda: np.array([*start[:2], max(high_up()[2], start[2])]), facing, CLOSE, near=0.03, unless=lost
+        )
+        over = self._hand[2]  # what it was taken from may be higher than where it goes
+
+        def across() -> Point:
+            target = high_up()
+            return np.array([*target[:2], max(target[2], over)])
+
+        yield from self._go(across, facing, CLOSE, near=near, patience=120, unless=lost)
+        yield from self._go(above(drop), facing, CLOSE, near=near, patience=80, unless=lost)
         yield from self._wait(OPEN, LETTING_GO_STEPS)
 
     def _rise(self) -> Iterator[Action]:
@@ -294,6 +421,9 @@ class LiberoExpert:
 
     def _pull_drawer(self, thing: str) -> Iterator[Action]:
         """Take a drawer's handle from the front, tilted, and pull it out."""
+        for goal in self.goals:
+            if goal.predicate in ("on", "in") and not self._is_done(goal):
+                yield from self._make_room(goal.thing)
         part = self._moving(thing)
         outwards = self._turn(part) @ np.array([0.0, -1.0, 0.0])
         facing = facing_along(-outwards + np.array([0.0, 0.0, -0.35]), self._turn(part)[:, 0])
@@ -314,16 +444,20 @@ class LiberoExpert:
     def _push_drawer(self, thing: str) -> Iterator[Action]:
         """Push a drawer shut with the closed fingers, in front of its handle."""
         part = self._moving(thing)
-        outwards = self._turn(part) @ np.array([0.0, -1.0, 0.0])
+        outwards, sideways = self._turn(part) @ np.array([0.0, -1.0, 0.0]), self._turn(part)[:, 0]
+        facing = DOWN
+        if "_top_level" not in part:  # thin side ahead, and leaning back: handles of other drawers are above
+            forward = -0.6 * outwards + np.array([0.0, 0.0, -1.0])
+            facing = facing_along(forward, np.cross(sideways, forward))
         up = np.array([0.0, 0.0, 0.22])
-        yield from self._go(lambda: self._drawer_handle(part) + 0.09 * outwards + up, DOWN, CLOSE, near=0.03)
-        yield from self._go(lambda: self._drawer_handle(part) + 0.07 * outwards, DOWN, CLOSE, near=0.03)
+        yield from self._go(lambda: self._drawer_handle(part) + 0.09 * outwards + up, facing, CLOSE, near=0.03)
+        yield from self._go(lambda: self._drawer_handle(part) + 0.07 * outwards, facing, CLOSE, near=0.03)
         for _ in range(self._calls(160)):
             if self._joint(part) > 0.003:
                 break
-            yield self._towards(self._drawer_handle(part) - 0.06 * outwards, DOWN, CLOSE)
+            yield self._towards(self._drawer_handle(part) - 0.06 * outwards, facing, CLOSE)
         left = self._hand.copy()
-        yield from self._go(lambda: left + 0.06 * outwards, DOWN, CLOSE, near=0.03, patience=30)
+        yield from self._go(lambda: left + 0.06 * outwards, facing, CLOSE, near=0.03, patience=30)
         yield from self._rise()
 
     def _swing_door(self, goal: Goal) -> Iterator[Action]:
@@ -387,10 +521,18 @@ class LiberoExpert:
         return -(-steps // self._stride)
 
     def _go(
-        self, target: Callable[[], Point], facing: Matrix | None, gripper: float, near: float, patience: int = 100
+        self,
+        target: Callable[[], Point],
+        facing: Matrix | None,
+        gripper: float,
+        near: float,
+        patience: int = 100,
+        unless: Callable[[], bool] = lambda: False,
     ) -> Iterator[Action]:
-        """Go to where `target` says, turned as `facing` (None: as it is), until it is near or patience ends."""
+        """Go to where `target` says, turned as `facing` (None: as it is), until near, or patience ends, or `unless`."""
         for _ in range(self._calls(patience)):
+            if unless():
+                return
             place = target()
             turned = 0.0 if facing is None else float(np.linalg.norm(rotation_vector(facing, self._facing())))
             if np.linalg.norm(place - self._hand) < near and turned < (0.12 if self._stride == 1 else 0.5):
@@ -408,7 +550,14 @@ class LiberoExpert:
 
     def _towards(self, place: Point, facing: Matrix | None, gripper: float) -> Action:
         turning = np.zeros(3) if facing is None else TURNING_GAIN * rotation_vector(facing, self._facing())
-        return np.array([*(GAIN * (place - self._hand)), *turning, gripper])
+        motion = GAIN * (place - self._hand)
+        if motion[2] > 0.0:  # an arm that is quite stretched can't be bent again by lifting its hand: nearer first
+            bent, straight = STRETCHED
+            able = np.clip((straight - self._view["proprio/joint_pos"][3]) / (straight - bent), 0.0, 1.0)
+            reach = self._hand[:2] - BASE
+            motion[2] *= able
+            motion[:2] -= (1.0 - able) * reach / np.linalg.norm(reach)
+        return np.array([*motion, *turning, gripper])
 
 
 class LiberoReasoner:
