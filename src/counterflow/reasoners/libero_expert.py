@@ -47,6 +47,7 @@ GRIPPING_STEPS = 12
 LETTING_GO_STEPS = 8
 HOLLOW = ("bowl", "mug", "ramekin")
 LONG_HANDLED = ("frypan", "pan")
+CADDY = "desk_caddy"
 OPEN_ENOUGH = 0.15  # metres that a drawer is pulled out; it counts as open from 0.14
 # In the frame of a drawer: where its handle is, by level. White and wooden cabinets have the same handles.
 DRAWER_HANDLES = {"top": (0.0, -0.1016, 0.184), "middle": (0.0, -0.1016, 0.110), "bottom": (0.0, -0.1016, 0.041)}
@@ -181,7 +182,7 @@ class LiberoExpert:
             offset = self._at(goal.thing) - self._at(goal.place)
             near = 0.028 if goal.predicate == "on" and not self._is_region(goal.place) else 0.05
             let_go = np.linalg.norm(self._hand - self._at(goal.thing)) > 0.08
-            most = 0.03 if "_contain_region" in goal.place else 0.12  # it may have stayed on top of a wall
+            most = 0.03 if CADDY in goal.place else 0.12  # it may have stayed on top of a wall
             return bool(np.abs(offset[:2]).max() < near and offset[2] < most and let_go)
         moved = self._joint(self._moving(goal.thing))
         if "microwave" in goal.thing:
@@ -383,7 +384,7 @@ class LiberoExpert:
         def above(height: float) -> Callable[[], Point]:
             def target() -> Point:
                 carried = self._hand - self._at(goal.thing)  # what is held off its middle is put down as much off
-                if "_contain_region" in goal.place:  # hardly wider than what goes in
+                if CADDY in goal.place:  # its compartments are hardly wider than what goes in
                     low, high = self._box(goal.thing)
                     carried[:2] -= (self._turn(goal.thing) @ ((low + high) / 2))[:2]
                 place = self._at(goal.place)
