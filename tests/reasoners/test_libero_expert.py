@@ -62,6 +62,7 @@ def view(**changes: list[float]) -> dict[str, np.ndarray]:
         "proprio/effector_pos": [0.0, 0.0, 1.1],
         "proprio/effector_quat": [0.0, np.sqrt(0.5), np.sqrt(0.5), 0.0],  # as it is at rest
         "proprio/gripper_opening": [0.0],
+        "proprio/joint_pos": [0.0, 0.2, 0.0, -2.4, 0.0, 2.6, 0.8],
         "privileged/soup_1_pos": [0.1, 0.0, 0.95],
         "privileged/soup_1_quat": [1.0, 0.0, 0.0, 0.0],
         "privileged/soup_1_joint": [0.0],
@@ -123,3 +124,107 @@ class TestExpert:
     def test_the_reasoner_says_one_axis(self, task: str) -> None:
         said = LiberoReasoner(task).decide(view())
         assert (said.axes, said.gripper, said.defer) == ((1, 0, 0), "open", False)
+
+
+def with_drawer(moved: float, bowl: float) -> dict[str, np.ndarray]:
+    """Return a view of a cabinet whose top drawer is open by -`moved`, and of a bowl at y = `bowl` below where it comes out."""
+    return view(
+        **{
+            "privileged/cabinet_1_top_level_pos": [0.0, 0.3 + moved, 0.9],
+            "privileged/cabinet_1_top_level_quat": [1.0, 0.0, 0.0, 0.0],
+            "privileged/cabinet_1_top_level_joint": [moved],
+            "privileged/cabinet_1_top_region_pos": [0.0, 0.3 + moved, 1.09],
+            "privileged/cabinet_1_top_region_quat": [1.0, 0.0, 0.0, 0.0],
+            "privileged/cabinet_1_top_region_joint": [0.0],
+            "privileged/bowl_1_pos": [0.0, bowl, 0.9],
+            "privileged/bowl_1_quat": [1.0, 0.0, 0.0, 0.0],
+            "privileged/bowl_1_joint": [0.0],
+            "privileged/bowl_1_low": [-0.06, -0.06, 0.0],
+            "privileged/bowl_1_high": [0.06, 0.06, 0.05],
+        }
+    )
+
+
+class TestBesideDrawers:
+    """The handle is at y = 0.3 - 0.1016 where the drawer is shut, and nearer where it is open; y falls outwards."""
+
+    @pytest.fixture
+    def expert(self, monkeypatch: pytest.MonkeyPatch) -> LiberoExpert:
+        goals = Goal("open", "cabinet_1_top_region"), Goal("in", "bowl_1", "cabinet_1_top_region")
+        monkeypatch.setattr(libero_expert, "goals_of", lambda name: goals)
+        return LiberoExpert("libero/90/x", noise=0.0)
+
+    def see(self, expert: LiberoExpert, **where: float) -> None:
+        expert.reset(0)
+        expert.wanted(with_drawer(**where))
+
+    def test_a_thing_counts_as_beside_a_drawer_that_is_open_or_will_be(self, expert: LiberoExpert) -> None:
+        for moved in (0.0, -0.15):
+            self.see(expert, moved=moved, bowl=-0.02)
+            gap, outwards = expert._beside_drawer("bowl_1")  # type: ignore[misc]
+            assert gap == pytest.approx(0.3 - 0.1016 - 0.15 + 0.02, abs=1e-6)
+            np.testing.assert_allclose(outwards, [0.0, -1.0, 0.0], atol=1e-9)
+        self.see(expert, moved=0.0, bowl=-0.3)
+        assert expert._beside_drawer("bowl_1") is None
+
+    def test_there_the_hand_is_thin_side_ahead_and_leans_away(self, expert: LiberoExpert) -> None:
+        self.see(expert, moved=-0.15, bowl=-0.02)
+        first = expert._grasps("bowl_1")[0]
+        assert abs(first.closing[1]) < 0.1
+        facing = expert._beside("bowl_1", first.closing)
+        assert facing[1, 2] > 0.3  # it points inwards, so its body is outwards
+        self.see(expert, moved=-0.15, bowl=-0.3)
+        assert abs(expert._grasps("bowl_1")[0].closing[1]) > 0.9
+        np.testing.assert_allclose(expert._beside("bowl_1", first.closing)[:, 2], [0.0, 0.0, -1.0], atol=1e-9)
+
+    def test_what_would_be_in_the_hands_way_is_drawn_out_before_the_drawer_is_opened(
+        self, expert: LiberoExpert
+    ) -> None:
+        self.see(expert, moved=0.0, bowl=0.04)
+        names = []
+        plan = expert._plan
+        while plan is not None:
+            names.append(plan.gi_code.co_name)  # type: ignore[attr-defined]
+            plan = plan.gi_yieldfrom  # type: ignore[attr-defined]
+        assert {"_draw", "_pull_drawer"} <= {*names}
+
+    def test_low_drawers_are_shut_before_others_are_opened(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        goals = Goal("open", "cabinet_1_top_region"), Goal("close", "cabinet_1_bottom_region")
+        monkeypatch.setattr(libero_expert, "goals_of", lambda name: goals)
+        assert [goal.predicate for goal in LiberoExpert("libero/90/x").goals] == ["close", "open"]
+
+
+class TestReach:
+    def test_a_stretched_arm_comes_nearer_before_it_rises(self, task: str) -> None:
+        expert = LiberoExpert(task, noise=0.0)
+        bent = view()
+        expert.wanted(bent)
+        up = np.array([0.0, 0.0, 1.3])
+        assert expert._towards(up, None, 1.0)[2] == pytest.approx(2.0)
+        expert.wanted(view(**{"proprio/joint_pos": [0.0, 1.3, 0.0, -0.1, 0.0, 1.4, 0.8]}))
+        rising = expert._towards(up, None, 1.0)
+        assert rising[2] == 0.0
+        assert rising[0] < -0.9  # the robot stands at negative x
+        assert expert._towards(np.array([0.0, 0.0, 0.9]), None, 1.0)[2] == pytest.approx(-2.0)
+
+    def test_over_what_is_far_the_hand_leans_back(self, task: str) -> None:
+        expert = LiberoExpert(task, noise=0.0)
+        for x, leans in ((0.0, False), (0.2, True)):
+            expert.reset(0)
+            expert.wanted(view(**{"privileged/soup_1_pos": [x, 0.0, 0.95]}))
+            facing = expert._beside("soup_1", np.array([0.0, 1.0]))
+            assert bool(facing[0, 2] > 0.3) is leans
+
+    def test_a_book_goes_in_along_its_compartments_walls(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        goal = Goal("in", "book_1", "desk_caddy_1_front_contain_region")
+        monkeypatch.setattr(libero_expert, "goals_of", lambda name: (goal,))
+        told = view() | {name.replace("soup", "book"): value for name, value in view().items() if "soup" in name}
+        for part in ("pos", "quat", "joint"):
+            told[f"privileged/{goal.place}_{part}"] = told[f"privileged/basket_1_contain_region_{part}"]
+        told["privileged/desk_caddy_1_quat"] = np.array([0.0, 0.0, 0.0, 1.0])  # half a turn
+        expert = LiberoExpert("libero/90/x", noise=0.0)
+        expert.wanted(told)
+        skew = np.array([np.cos(0.6), np.sin(0.6)])
+        np.testing.assert_allclose(expert._put_across(goal, skew), [1.0, 0.0], atol=1e-9)
+        elsewhere = Goal("in", "book_1", "basket_1_contain_region")
+        np.testing.assert_allclose(expert._put_across(elsewhere, skew), skew)
