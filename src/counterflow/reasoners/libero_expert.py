@@ -85,10 +85,13 @@ class LiberoExpert:
         SHARE.check("the expert's noise", noise)
         COUNT.check("the expert's stride", stride)
         self.goals, self._noise, self._stride = goals_of(env_name), noise, stride
-        if all(goal.predicate in ("open", "close") for goal in self.goals):  # an open drawer hangs over those below
-            self.goals = tuple(sorted(self.goals, key=lambda goal: goal.predicate == "open"))
+        # An open drawer is in the way of what is beside it and below: it is shut first, unless something is to go in.
+        self.goals = tuple(sorted(self.goals, key=lambda goal: not self._shut_first(goal)))
         self._close_by = 0.012 if stride == 1 else 0.03
         self.reset(0)
+
+    def _shut_first(self, goal: Goal) -> bool:
+        return goal.predicate == "close" and not any(other.place.startswith(goal.thing) for other in self.goals)
 
     def reset(self, seed: int) -> None:
         """Begin anew; `seed` feeds the noise and the choice among grasps that are equally good."""
