@@ -7,16 +7,9 @@ import pytest
 
 from counterflow.errors import InvalidInputError
 from counterflow.reasoners import libero_expert
-from counterflow.reasoners.libero_expert import (
-    DOWN,
-    LiberoExpert,
-    LiberoReasoner,
-    facing_along,
-    facing_down,
-    rotation_of,
-    rotation_vector,
-)
+from counterflow.reasoners.libero_expert import LiberoExpert, LiberoReasoner
 from counterflow.reasoners.libero_goals import Goal, parse_goals
+from counterflow.reasoners.libero_hand import DOWN, facing_along, facing_down, rotation_of, rotation_vector
 
 
 class TestGoals:
