@@ -2,8 +2,9 @@
 
 It looks at the state of everything by name, and chooses of several grasps the one that a past failure does not speak against: the
 rim of what is hollow, the thin side of what is not, the handle of a pan. What it does is written as plans, one step at a time,
-that look again at every step, so a thing that slips is picked up again. Source: none; LIBERO (arXiv 2306.03310) has demonstrations
-by people and no experts.
+that look again at every step, so a thing that slips is picked up again.
+
+Source: none; LIBERO (arXiv 2306.03310) has demonstrations by people and no experts.
 """
 
 from __future__ import annotations
