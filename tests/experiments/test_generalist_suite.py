@@ -8,9 +8,17 @@ from typing import Any
 
 import pytest
 
-from counterflow.errors import DatasetError, InvalidInputError, MismatchError, UnknownNameError
+from counterflow.envs.libero import STEP_LIMITS, LiberoEnv, assets_folder
+from counterflow.envs.types import Moment
+from counterflow.errors import (
+    DatasetError,
+    InvalidInputError,
+    MismatchError,
+    MissingDependencyError,
+    UnknownNameError,
+)
 from counterflow.experiments.generalist import TRAINING
-from counterflow.experiments.generalist_report import Differs, write_report
+from counterflow.experiments.generalist_report import Differs, report_means, write_report
 from counterflow.experiments.generalist_suite import (
     SEEDS,
     STAGES,
@@ -21,7 +29,9 @@ from counterflow.experiments.generalist_suite import (
     reversal,
     run_suite,
     slug,
+    timing,
 )
+from counterflow.experiments.generalist_suite.making import try_expert
 from counterflow.files import write_json
 from counterflow.policies import GeneralistConfig
 
@@ -173,6 +183,21 @@ def test_tables(steered: Suite) -> None:
     assert "| FRS, tasks failed by the base that gain 10 points or more | 11 of 42 | 1 of 2 |" in tables["paper"]
     assert "| train | 4 | 55 (" in tables["generalist"]
     assert (steered.folder / "zero-shot.png").exists()
+    means = report_means(steered).splitlines()
+    assert means[2].startswith("| the 2 that it fails | ")
+    assert means[3].startswith("| all 3 that are steered | ")
+    assert means[3].split(" | ")[-1].startswith("35 (")
+
+
+def test_a_simulators_speed_beside_robosuites_own_is_told(tmp_path: Path) -> None:
+    suite = Suite(SETTINGS, tmp_path)
+    row = {"environments": 1, "steps_per_second": 150.0, "seconds_per_chunk": {"simulator": 0.05}}
+    found = {"task": "libero/90/x", "horizon": 8, "machine": {"cores": 2}, "rows": [row]}
+    write_json(tmp_path / "results" / "speed.json", found)
+    assert "robosuite" not in write_report(suite, tmp_path / "README.md", "x.py", DIFFERS)["speed"]
+    both = {"counterflow": 0.005, "robosuite": 0.01}
+    write_json(tmp_path / "results" / "speed.json", {**found, "beside_robosuite": {"step": both, "reset": both}})
+    assert "| a step | 5.0 | 10.0 |" in write_report(suite, tmp_path / "README.md", "x.py", DIFFERS)["speed"]
 
 
 def test_a_task_that_is_still_being_measured_is_left_out(steered: Suite) -> None:
@@ -204,6 +229,40 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
         run_suite(Suite(SETTINGS, tmp_path), ["zero_shto"])  # type: ignore[list-item]
     with pytest.raises(MismatchError, match="expected some of both"):
         run_suite(Suite(replace(SETTINGS, tasks=TRAIN), tmp_path))
+
+
+@pytest.fixture
+def libero_task() -> str:
+    try:
+        assets_folder()
+        pytest.importorskip("robosuite", reason="LIBERO is not installed: counterflow[libero]")
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+    return "libero/90/KITCHEN_SCENE1_put_the_black_bowl_on_the_plate"
+
+
+def test_liberos_experts_begin_in_its_numbered_initial_states(
+    libero_task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, reset_to = [], LiberoEnv.reset_to
+
+    def told(self: LiberoEnv, start: int, seed: int = 0) -> Moment:
+        began.append(start)
+        return reset_to(self, start, seed)
+
+    monkeypatch.setattr(LiberoEnv, "reset_to", told)
+    monkeypatch.setitem(STEP_LIMITS, "90", 3)
+    found = try_expert(libero_task, 2, 0.1, 0)
+    assert (began, found["steps"], found["successes"]) == ([0, 1], [3, 3], [False, False])
+
+
+def test_libero_is_measured_beside_robosuite(libero_task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "BESIDE_STEPS", 3)
+    monkeypatch.setattr(timing, "BESIDE_RESETS", 1)
+    found = timing.beside_robosuite(libero_task, 0)
+    both = {"counterflow", "robosuite"}
+    assert {what: {*one} for what, one in found.items()} == {"step": both, "reset": both}
+    assert all(seconds > 0 for one in found.values() for seconds in one.values())
 
 
 def test_a_chain_from_experts_to_a_table_goes_on_where_it_stopped(tmp_path: Path) -> None:

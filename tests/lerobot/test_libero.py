@@ -97,7 +97,8 @@ def test_the_policy_is_handed_what_lerobots_evaluation_hands_it(policy: Any) -> 
         assert host is not None
         (inside,) = host._envs
         assert isinstance(inside, LiberoEnv)
-        np.testing.assert_array_equal(inside.simulator.sim.data.qpos, theirs._env.env.sim.data.qpos)
+        # Not to the last bit: robosuite solves the contacts of a step three times over (counterflow.envs.libero_physics).
+        np.testing.assert_allclose(inside.simulator.sim.data.qpos, theirs._env.env.sim.data.qpos, atol=1e-9)
     finally:
         ours.close()
         theirs.close()

@@ -7,16 +7,9 @@ import pytest
 
 from counterflow.errors import InvalidInputError
 from counterflow.reasoners import libero_expert
-from counterflow.reasoners.libero_expert import (
-    DOWN,
-    LiberoExpert,
-    LiberoReasoner,
-    facing_along,
-    facing_down,
-    rotation_of,
-    rotation_vector,
-)
+from counterflow.reasoners.libero_expert import LiberoExpert, LiberoReasoner
 from counterflow.reasoners.libero_goals import Goal, parse_goals
+from counterflow.reasoners.libero_hand import DOWN, facing_along, facing_down, rotation_of, rotation_vector
 
 
 class TestGoals:
@@ -188,10 +181,20 @@ class TestBesideDrawers:
             plan = plan.gi_yieldfrom  # type: ignore[attr-defined]
         assert {"_draw", "_pull_drawer"} <= {*names}
 
-    def test_low_drawers_are_shut_before_others_are_opened(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        goals = Goal("open", "cabinet_1_top_region"), Goal("close", "cabinet_1_bottom_region")
-        monkeypatch.setattr(libero_expert, "goals_of", lambda name: goals)
-        assert [goal.predicate for goal in LiberoExpert("libero/90/x").goals] == ["close", "open"]
+    @pytest.mark.parametrize(
+        ("goals", "first"),
+        [
+            ([Goal("open", "cabinet_1_top_region"), Goal("close", "cabinet_1_bottom_region")], "close"),
+            ([Goal("on", "bowl_1", "cabinet_1_top_side"), Goal("close", "cabinet_1_top_region")], "close"),
+            ([Goal("in", "bowl_1", "cabinet_1_top_region"), Goal("close", "cabinet_1_top_region")], "in"),
+            ([Goal("in", "mug_1", "microwave_1_heating_region"), Goal("close", "microwave_1")], "in"),
+        ],
+    )
+    def test_what_is_open_is_shut_first_unless_something_goes_in(
+        self, monkeypatch: pytest.MonkeyPatch, goals: list[Goal], first: str
+    ) -> None:
+        monkeypatch.setattr(libero_expert, "goals_of", lambda name: tuple(goals))
+        assert LiberoExpert("libero/90/x").goals[0].predicate == first
 
 
 class TestReach:

@@ -6,14 +6,18 @@ what the controller reads is gathered here without looking names up at every ste
 of observations are robosuite's own code. The numbers are robosuite's up to the tolerance of MuJoCo's constraint solver (1e-8),
 which begins each time where it ended the last: with three solutions a step it ends a little closer.
 
-A reset of LIBERO's compiles the same description of the scene again, three quarters of a reset's time; here it is copied.
+A reset of LIBERO's compiles the same description of the scene again, three quarters of a reset's time, and so does every other
+environment of the task; here it is copied.
 
-Source: robosuite 1.4.0 (arXiv 2009.12293): `MujocoEnv.step` and `_initialize_sim`, `SingleArm.control`, `Controller.update`.
+Source: robosuite 1.4.0 (arXiv 2009.12293): `MujocoEnv.step`, `SingleArm.control`, `Controller.update`, `MjSim.from_xml_string`.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -92,25 +96,23 @@ class Physics:
         controller.new_update = False
 
 
-def keep_compiled(env: Any) -> None:
-    """Let an environment's resets copy the scene that was compiled last, as long as its description stays the same.
-
-    Args:
-        env: one of robosuite's environments; its method that makes the simulator is replaced.
-    """
-    import mujoco
+@contextmanager
+def compiled_once() -> Iterator[None]:
+    """Meanwhile let robosuite copy a scene that this process has compiled before, in the place of compiling it again."""
     from robosuite.utils.binding_utils import MjSim
 
-    kept: dict[str, Any] = {}
+    own = MjSim.__dict__["from_xml_string"]
+    MjSim.from_xml_string = classmethod(
+        lambda kind, xml: kind(copy.copy(_compiled(xml)))
+    )  # a reset moves fixtures in it
+    try:
+        yield
+    finally:
+        MjSim.from_xml_string = own
 
-    def initialise(xml_string: str | None = None) -> None:
-        xml = xml_string or env.model.get_xml()
-        xml = xml if env._xml_processor is None else env._xml_processor(xml)
-        if xml not in kept:
-            kept.clear()
-            kept[xml] = mujoco.MjModel.from_xml_string(xml)
-        env.sim = MjSim(copy.copy(kept[xml]))  # a copy, since a reset moves fixtures in it
-        env.sim.forward()
-        env.initialize_time(env.control_freq)
 
-    env._initialize_sim = initialise
+@lru_cache(maxsize=2)
+def _compiled(xml: str) -> Any:
+    import mujoco
+
+    return mujoco.MjModel.from_xml_string(xml)

@@ -2,8 +2,9 @@
 
 It looks at the state of everything by name, and chooses of several grasps the one that a past failure does not speak against: the
 rim of what is hollow, the thin side of what is not, the handle of a pan. What it does is written as plans, one step at a time,
-that look again at every step, so a thing that slips is picked up again. Gripper poses are commanded as displacements (robosuite's
-OSC_POSE: 1 is 5 cm, or 0.5 rad). Source: none; LIBERO (arXiv 2306.03310) has demonstrations by people and no experts.
+that look again at every step, so a thing that slips is picked up again.
+
+Source: none; LIBERO (arXiv 2306.03310) has demonstrations by people and no experts.
 """
 
 from __future__ import annotations
@@ -19,38 +20,27 @@ from counterflow.errors import MismatchError
 from counterflow.random import check_seed
 from counterflow.reasoners.direction import Direction, View
 from counterflow.reasoners.libero_goals import Goal, goals_of
+from counterflow.reasoners.libero_hand import BASE, DOWN, Action, LiberoHand, Matrix, facing_along, facing_down
 from counterflow.reasoners.metaworld import SMOOTHNESS
 from counterflow.reasoners.motion import Point, along, still
 
 PREFIX = "libero/"
-Action = npt.NDArray[np.float64]
-Matrix = npt.NDArray[np.float64]
-
-# A gripper's rotation here: its fingers move along the second column, and it points along the third. At rest it points down, and
-# its fingers move along world y.
-DOWN: Matrix = np.diag([-1.0, 1.0, -1.0])
-GAIN = 10.0  # action for a metre of error
-TURNING_GAIN = 2.0  # action for a radian of error
 OPEN, CLOSE = -1.0, 1.0
 WIDEST = 0.072  # metres between the open fingers, with a little to spare
 HOVER = 0.12  # metres above a thing from where the gripper comes down
 CARRY = 0.14  # metres above the place at which a thing is carried
 LOST = 0.06  # metres from a handle at which it isn't held any more
 LIFTED = 0.03  # metres by which a thing has risen that was taken hold of
-BASE = np.array([-0.66, 0.0])  # where the robot stands
 HAND_HALF = 0.11  # metres from a hand's middle to its sides, along its fingers' motion
 ACROSS = 0.5  # cosine below which fingers move across a direction
 LEAN = 0.45  # metres to the side for a metre up, of a hand that leans
 FAR = 0.77  # metres from the robot, from where on a hand leans back
-STRETCHED = (-0.6, -0.25)  # radians of the elbow: from the first on the hand rises more slowly, at the second no more
 GRIPPING_STEPS = 12
 LETTING_GO_STEPS = 8
 HOLLOW = ("bowl", "mug", "ramekin")
 LONG_HANDLED = ("frypan", "pan")
 CADDY = "desk_caddy"
 OPEN_ENOUGH = 0.15  # metres that a drawer is pulled out; it counts as open from 0.14
-# In the frame of a drawer: where its handle is, by level. White and wooden cabinets have the same handles.
-DRAWER_HANDLES = {"top": (0.0, -0.1016, 0.184), "middle": (0.0, -0.1016, 0.110), "bottom": (0.0, -0.1016, 0.041)}
 MICROWAVE_HANDLE = (0.2375, -0.05, 0.0)
 KNOB_ON, KNOB_OFF = 0.7, -0.05  # radians to turn the stove's knob to
 
@@ -68,7 +58,7 @@ class Grasp:
     closing: npt.NDArray[np.float64]
 
 
-class LiberoExpert:
+class LiberoExpert(LiberoHand):
     """Solves a task of LIBERO's. One expert serves one episode at a time.
 
     Args:
@@ -84,18 +74,22 @@ class LiberoExpert:
     def __init__(self, env_name: str, noise: float = 0.1, stride: int = 1) -> None:
         SHARE.check("the expert's noise", noise)
         COUNT.check("the expert's stride", stride)
-        self.goals, self._noise, self._stride = goals_of(env_name), noise, stride
-        if all(goal.predicate in ("open", "close") for goal in self.goals):  # an open drawer hangs over those below
-            self.goals = tuple(sorted(self.goals, key=lambda goal: goal.predicate == "open"))
+        super().__init__(stride)
+        self.goals, self._noise = goals_of(env_name), noise
+        # An open drawer is in the way of what is beside it and below: it is shut first, unless something is to go in.
+        self.goals = tuple(sorted(self.goals, key=lambda goal: not self._shut_first(goal)))
         self._close_by = 0.012 if stride == 1 else 0.03
         self.reset(0)
+
+    def _shut_first(self, goal: Goal) -> bool:
+        return goal.predicate == "close" and not any(other.place.startswith(goal.thing) for other in self.goals)
 
     def reset(self, seed: int) -> None:
         """Begin anew; `seed` feeds the noise and the choice among grasps that are equally good."""
         self._random = np.random.default_rng(check_seed(seed))
         self._drift = np.zeros(3)
         self._plan: Iterator[Action] | None = None
-        self._view: View = {}
+        self._view = {}
         self._ceiling = np.inf
 
     def wanted(self, view: View) -> Action:
@@ -124,46 +118,8 @@ class LiberoExpert:
         limited: Action = np.clip(action, -1.0, 1.0)
         return limited
 
-    # What it sees.
-
-    def _at(self, name: str) -> Point:
-        return np.asarray(self._view[f"privileged/{name}_pos"], dtype=np.float64)
-
-    def _turn(self, name: str) -> Matrix:
-        return rotation_of(self._view[f"privileged/{name}_quat"])
-
-    def _joint(self, name: str) -> float:
-        return float(self._view[f"privileged/{name}_joint"][0])
-
-    @property
-    def _hand(self) -> Point:
-        return np.asarray(self._view["proprio/effector_pos"], dtype=np.float64)
-
-    def _box(self, name: str) -> tuple[Point, Point]:
-        """Return the corners of the box around a thing, in its own frame; of a place, a point."""
-        if f"privileged/{name}_low" not in self._view:
-            return np.zeros(3), np.zeros(3)
-        low, high = self._view[f"privileged/{name}_low"], self._view[f"privileged/{name}_high"]
-        return np.asarray(low, dtype=np.float64), np.asarray(high, dtype=np.float64)
-
-    def _heights(self, name: str) -> tuple[float, float]:
-        """Return how far a thing reaches below and above its origin, as it lies, metres."""
-        low, high = self._box(name)
-        turn = self._turn(name)
-        corners = np.array([(x, y, z) for x in (low[0], high[0]) for y in (low[1], high[1]) for z in (low[2], high[2])])
-        up = corners @ turn[2]
-        return float(up.min()), float(up.max())
-
-    @staticmethod
-    def _joint_names(view: View, name: str) -> list[str]:
-        """Return the parts that move of a fixture or of the region of one: "cabinet_1_top_region" is moved by its top level."""
-        stem = name.replace("_region", "")
-        fixture, _, level = stem.rpartition("_")
-        joints = [key.removeprefix("privileged/").removesuffix("_joint") for key in view if key.endswith("_joint")]
-        levels = [joint for joint in joints if joint == f"{fixture}_{level}_level"]
-        return levels or [
-            joint for joint in joints if joint.startswith(f"{stem}_") and "region" not in joint and "side" not in joint
-        ]
+    def _is_region(self, name: str) -> bool:
+        return name.endswith(("_region", "_side"))
 
     # What it does: each of these yields one action at a time.
 
@@ -192,15 +148,6 @@ class LiberoExpert:
         if goal.predicate == "close":
             return moved > 0.001
         return moved > 0.55 if goal.predicate == "turnon" else moved < -0.001
-
-    def _is_region(self, name: str) -> bool:
-        return name.endswith(("_region", "_side"))
-
-    def _moving(self, thing: str) -> str:
-        names = self._joint_names(self._view, thing)
-        if not names:
-            raise MismatchError(f"the view tells of no joint of {thing}; use the expert of the task that is being run.")
-        return names[0]
 
     def _achieve(self, goal: Goal) -> Iterator[Action]:
         if goal.predicate in ("on", "in"):
@@ -415,11 +362,6 @@ class LiberoExpert:
         up = np.array([*self._hand[:2], max(min(self._hand[2] + 0.12, self._ceiling), self._hand[2])])
         yield from self._go(lambda: up, None, OPEN, near=0.03, patience=40)
 
-    def _drawer_handle(self, part: str) -> Point:
-        level = next(level for level in DRAWER_HANDLES if f"_{level}_level" in part)
-        handle: Point = self._at(part) + self._turn(part) @ np.array(DRAWER_HANDLES[level])
-        return handle
-
     def _pull_drawer(self, thing: str) -> Iterator[Action]:
         """Take a drawer's handle from the front, tilted, and pull it out."""
         for goal in self.goals:
@@ -516,50 +458,6 @@ class LiberoExpert:
         yield from self._wait(OPEN, LETTING_GO_STEPS)
         yield from self._rise()
 
-    # The smallest motions.
-
-    def _calls(self, steps: int) -> int:
-        return -(-steps // self._stride)
-
-    def _go(
-        self,
-        target: Callable[[], Point],
-        facing: Matrix | None,
-        gripper: float,
-        near: float,
-        patience: int = 100,
-        unless: Callable[[], bool] = lambda: False,
-    ) -> Iterator[Action]:
-        """Go to where `target` says, turned as `facing` (None: as it is), until near, or patience ends, or `unless`."""
-        for _ in range(self._calls(patience)):
-            if unless():
-                return
-            place = target()
-            turned = 0.0 if facing is None else float(np.linalg.norm(rotation_vector(facing, self._facing())))
-            if np.linalg.norm(place - self._hand) < near and turned < (0.12 if self._stride == 1 else 0.5):
-                return
-            yield self._towards(place, facing, gripper)
-
-    def _wait(self, gripper: float, steps: int) -> Iterator[Action]:
-        for _ in range(self._calls(steps)):
-            yield np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, gripper])
-
-    def _facing(self) -> Matrix:
-        site = rotation_of(self._view["proprio/effector_quat"])
-        fingers, forward = site[:, 0], site[:, 2]  # in robosuite's own frame the fingers move along the first
-        return np.stack([np.cross(fingers, forward), fingers, forward], axis=1)
-
-    def _towards(self, place: Point, facing: Matrix | None, gripper: float) -> Action:
-        turning = np.zeros(3) if facing is None else TURNING_GAIN * rotation_vector(facing, self._facing())
-        motion = GAIN * (place - self._hand)
-        if motion[2] > 0.0:  # an arm that is quite stretched can't be bent again by lifting its hand: nearer first
-            bent, straight = STRETCHED
-            able = np.clip((straight - self._view["proprio/joint_pos"][3]) / (straight - bent), 0.0, 1.0)
-            reach = self._hand[:2] - BASE
-            motion[2] *= able
-            motion[:2] -= (1.0 - able) * reach / np.linalg.norm(reach)
-        return np.array([*motion, *turning, gripper])
-
 
 class LiberoReasoner:
     """Says of what the expert wants the one axis that matters most, and what the gripper should do.
@@ -590,48 +488,3 @@ class LiberoReasoner:
             return Direction(defer=True) if turning > 0.2 else still(gripper)  # type: ignore[arg-type]
         direction = along(wanted[:3], gripper)  # type: ignore[arg-type]
         return direction if farthest > 0.6 else Direction(direction.axes, 0.5, direction.gripper)
-
-
-def rotation_of(quaternion: npt.ArrayLike) -> Matrix:
-    """Return the matrix (3, 3) of a unit quaternion w x y z."""
-    w, x, y, z = np.asarray(quaternion, dtype=np.float64)
-    return np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-        ]
-    )
-
-
-def rotation_vector(wanted: Matrix, present: Matrix) -> npt.NDArray[np.float64]:
-    """Return the turn (3,) from `present` to `wanted`, axis times radians, in the world frame."""
-    error = wanted @ present.T
-    angle = float(np.arccos(np.clip((np.trace(error) - 1) / 2, -1.0, 1.0)))
-    axis = np.array([error[2, 1] - error[1, 2], error[0, 2] - error[2, 0], error[1, 0] - error[0, 1]])
-    length = float(np.linalg.norm(axis))
-    if length < 1e-6:  # no turn; or half a turn, about any horizontal axis as well as another
-        return np.zeros(3) if angle < 1.0 else np.array([0.0, 0.0, angle])
-    return axis / length * angle
-
-
-def facing_down(closing: npt.NDArray[np.float64], near: Matrix = DOWN) -> Matrix:
-    """Return the gripper's rotation (3, 3) that points down with its fingers closing along `closing` (2,), turned least.
-
-    A gripper that is turned half round closes along the same line, so of the two the one that is nearer to `near` is taken.
-    """
-    side = np.array([closing[0], closing[1], 0.0])
-    down = np.array([0.0, 0.0, -1.0])
-    one = np.stack([np.cross(side, down), side, down], axis=1)
-    other = one @ np.diag([-1.0, -1.0, 1.0])
-    return one if np.trace(one @ near.T) >= np.trace(other @ near.T) else other
-
-
-def facing_along(approach: Point, bar: Point) -> Matrix:
-    """Return the gripper's rotation (3, 3) that points along `approach` (3,) with its fingers on both sides of a bar (3,)."""
-    forward = approach / np.linalg.norm(approach)
-    side = np.cross(forward, bar)
-    side = side / np.linalg.norm(side)
-    one = np.stack([np.cross(side, forward), side, forward], axis=1)
-    other = one @ np.diag([-1.0, -1.0, 1.0])
-    return one if np.trace(one @ DOWN.T) >= np.trace(other @ DOWN.T) else other

@@ -100,7 +100,6 @@ def beside_robosuite(task: str, seed: int) -> dict[str, dict[str, float]]:
         found["step"]["counterflow"] = seconds(lambda _: env.step(still), BESIDE_STEPS)
         own = env.simulator
         found["step"]["robosuite"] = seconds(lambda _: own.step(still), BESIDE_STEPS)
-        del own._initialize_sim  # its class's own again
 
         def reset(index: int) -> None:
             with global_numpy(child_seed(seed, index)):
