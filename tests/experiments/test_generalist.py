@@ -11,9 +11,10 @@ import pytest
 import counterflow
 from counterflow.data.npz import save_npz
 from counterflow.envs import make_env
-from counterflow.errors import DatasetError, MismatchError, TrainingError
+from counterflow.envs.libero import assets_folder
+from counterflow.errors import DatasetError, MismatchError, MissingDependencyError, TrainingError
 from counterflow.experiments.demonstrate import archive_of
-from counterflow.experiments.evaluate import evaluate, load_prior
+from counterflow.experiments.evaluate import SHIPPED_PRIORS, evaluate, load_prior
 from counterflow.experiments.generalist import (
     TRAINING,
     load_tasks,
@@ -92,7 +93,8 @@ def test_an_interrupted_run_ends_with_the_same_policy(data: Path, tmp_path: Path
     assert result.queries > 10
 
 
-def test_without_a_prior_the_way_to_one_is_said() -> None:
+def test_without_a_prior_the_way_to_one_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(SHIPPED_PRIORS, "libero")
     with pytest.raises(
         MismatchError, match="'counterflow demonstrate libero/train' and 'counterflow train generalist'"
     ):
@@ -117,3 +119,15 @@ def test_the_shipped_generalist_closes_a_drawer_that_it_was_trained_to_close() -
     with make_env("metaworld/drawer-close-v3", 2) as env:
         result = evaluate(env, load_prior("metaworld/drawer-close-v3"), "base", 2, 0)
     assert result.to_json()["successes"] == 2
+
+
+def test_and_liberos_in_libero() -> None:
+    task = "libero/90/KITCHEN_SCENE10_close_the_top_drawer_of_the_cabinet"
+    try:
+        assets_folder()
+        pytest.importorskip("robosuite", reason="LIBERO is not installed: counterflow[libero]")
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+    with make_env(task, 1) as env:
+        result = evaluate(env, load_prior(task), "base", 2, 0)
+    assert result.to_json()["successes"] >= 1

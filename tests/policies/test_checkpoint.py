@@ -120,12 +120,15 @@ class TestShipped:
         assert (checkpoint.PRIORS / f"{name}.safetensors").stat().st_size < 4_000_000
         assert prior.provenance["data"]["made_by"]["recipe"]["env"] == prior.family
 
-    def test_the_generalist(self) -> None:
-        prior = load("metaworld")
+    @pytest.mark.parametrize(("name", "tasks", "missing"), [("metaworld", 34, 0), ("libero", 53, 4)])
+    def test_the_generalists(self, name: str, tasks: int, missing: int) -> None:
+        import counterflow.policies.checkpoint as checkpoint
+
+        prior = load(name)
         assert isinstance(prior, GeneralistPolicy)
-        assert prior.family == "metaworld"
-        assert len(prior.provenance["tasks"]) == 34
-        assert not prior.provenance["without_demonstrations"]
+        assert prior.family == name
+        assert (len(prior.provenance["tasks"]), len(prior.provenance["without_demonstrations"])) == (tasks, missing)
+        assert (checkpoint.PRIORS / f"{name}.safetensors").stat().st_size < 8_000_000
 
     def test_an_unknown_name_suggests_the_nearest(self) -> None:
         with pytest.raises(UnknownNameError, match="did you mean 'cube-single'"):

@@ -65,6 +65,7 @@ SHIPPED_PRIORS = {
     "ogbench/scene": "scene",
     "ogbench/puzzle-3x3": "puzzle-3x3",
     "metaworld": "metaworld",
+    "libero": "libero",
 }
 
 
