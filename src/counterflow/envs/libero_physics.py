@@ -63,9 +63,8 @@ class Physics:
         env.timestep += 1
         for substep in range(self._substeps):
             self._mujoco.mj_step1(self._model, self._data)
-            if (
-                self._controller.new_update
-            ):  # not in the first step after a reset: the controller keeps what it was told there
+            # Not in the first step after a reset: there the controller keeps what the reset told it, as in robosuite.
+            if self._controller.new_update:
                 self._tell_controller()
             if substep == 0:  # a new goal, and robosuite's records of the last steps
                 env._pre_action(action, True)
@@ -102,9 +101,8 @@ def compiled_once() -> Iterator[None]:
     from robosuite.utils.binding_utils import MjSim
 
     own = MjSim.__dict__["from_xml_string"]
-    MjSim.from_xml_string = classmethod(
-        lambda kind, xml: kind(copy.copy(_compiled(xml)))
-    )  # a reset moves fixtures in it
+    # A copy each time: a reset moves the fixtures in it.
+    MjSim.from_xml_string = classmethod(lambda kind, xml: kind(copy.copy(_compiled(xml))))
     try:
         yield
     finally:
