@@ -39,7 +39,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from counterflow.envs.libero_physics import Physics, compiled_once
+from counterflow.envs.libero_physics import Physics, quick_reset
 from counterflow.envs.rendering import asked_for, drawing, hurry, prepare_backend, require_backend
 from counterflow.envs.types import CameraView, EnvSpec, FloatArray, Image, Moment, Privileged, RenderSettings, Sights
 from counterflow.errors import MissingDependencyError, UnknownNameError
@@ -143,7 +143,7 @@ class LiberoEnv:
             require_backend()
         make, package = _prepare(), _package()
         files = f"libero_{self._suite}", self._task
-        with compiled_once():
+        with quick_reset():
             self._env: Any = make(
                 bddl_file_name=str(package / "bddl_files" / files[0] / f"{files[1]}.bddl"),
                 use_camera_obs=False,
@@ -154,7 +154,7 @@ class LiberoEnv:
         self._renderers: dict[tuple[int, int, str], Any] = {}
         self._seen: Any = None  # MuJoCo's data, with everything where it was when robosuite last sampled observations
         self._steps = 0
-        with global_numpy(0), compiled_once():
+        with global_numpy(0), quick_reset():
             self._env.reset()
         self._watch()
         self._entries = _entries(self._env)
@@ -194,7 +194,7 @@ class LiberoEnv:
         """Begin in initial state number `start` (0 to 49); where fixtures stand, within a centimetre, descends from `seed`."""
         self._free_renderers()  # a reset makes a new simulator
         self._seen = None
-        with global_numpy(child_seed(seed, "places")), compiled_once():
+        with global_numpy(child_seed(seed, "places")), quick_reset():
             self._env.reset()
         self._physics = Physics(self._env)
         simulator = self._env.sim
