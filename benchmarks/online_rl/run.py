@@ -54,6 +54,7 @@ DEGRADED = {
     "ogbench/cube-single-task2": ReasonerSettings(error=0.75),
     "ogbench/cube-single-task4": ReasonerSettings(error=0.55),
     "ogbench/cube-single-task5": ReasonerSettings(error=0.5),
+    "ogbench/puzzle-3x3-task1": ReasonerSettings(error=0.75),
 }
 HARDLY = tuple(DEGRADED)
 ONE_TAUGHT = "DSBC, one success"
