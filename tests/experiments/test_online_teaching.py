@@ -157,6 +157,16 @@ def test_a_recording_teaches_by_the_episodes_that_the_replay_begins_with(prior: 
     assert [one.steps for one in taught(1, successes_only=True)] == [4]
 
 
+def test_noises_that_were_found_otherwise_are_refused(prior: FlowPolicy, tmp_path: Path) -> None:
+    with SteeringDataset.create_or_open(tmp_path, binding_of(prior, 3)) as dataset:
+        source = dataset.add_source({"recording": "by hand", "every_step": {"method": "exact"}})
+        dataset.append(SteeringEpisode("plane", 0, 0, True, source, recorded(2, 0.1)))
+    taught = partial(successes_in, tmp_path, "plane", None, successes_only=True)
+    assert len(taught()) == len(taught(inversion="exact")) == 1
+    with pytest.raises(MismatchError, match="--set inversion=exact"):
+        taught(inversion="regularised")
+
+
 def recorded(decisions: int, noise: float) -> dict[str, Any]:
     """An episode of a recording, of decisions of two executed actions, without noises of steps."""
     chunk, steps = (decisions, 2, 2), 2 * decisions

@@ -134,7 +134,8 @@ def train_online(
             known = []
             if settings.reteach_every and prefill_from is not None:
                 only = settings.successes_only
-                known = successes_in(prefill_from, env, settings.first or None, successes_only=only)
+                first_ones, by = settings.first or None, settings.inversion
+                known = successes_in(prefill_from, env, first_ones, successes_only=only, inversion=by)
             teachers = Teachers(teacher, loose, list(seeds), known)
         with ExitStack() as open_ones:
             recording = None

@@ -75,16 +75,31 @@ class Success:
         return cls(seen.flatten(1), said, int(arrays["executed"].sum()))
 
 
-def successes_in(path: Path | str, env: str, first: int | None, *, successes_only: bool) -> list[Success]:
+def successes_in(
+    path: Path | str, env: str, first: int | None, *, successes_only: bool, inversion: str | None = None
+) -> list[Success]:
     """Return what the successful episodes of a recording teach, of the same episodes that a replay is prefilled with.
 
     Args:
         path: a steering dataset.
         env, first, successes_only: as for `prefill`.
+        inversion: how the noises of later successes will be found ("regularised" or "exact"); None: there are none.
+
+    Raises:
+        MismatchError: the recording's were found otherwise; a regression of both would learn what lies between.
     """
     dataset = SteeringDataset.load(path)
     chosen = dataset.filter(success=True if successes_only else None, env=env, first=first)
-    every = [Success.of(one.arrays, dataset.binding.dim) for one in chosen.episodes if one.success]
+    found = [one for one in chosen.episodes if one.success]
+    for source in {one.source for one in found}:
+        by_step = dataset.sources[source].get("every_step")  # None: only decisions teach, as they were recorded
+        if by_step is not None and inversion not in (None, by_step["method"]):
+            raise MismatchError(
+                f"the noises of {dataset.path.name} were found by the inversion {by_step['method']!r}, and those of successes to "
+                f"come would be by {inversion!r}: they would not be alike. Train with --set inversion={by_step['method']}, or "
+                f"record with --inversion {inversion}."
+            )
+    every = [Success.of(one.arrays, dataset.binding.dim) for one in found]
     return [one for one in every if len(one.shown)]
 
 
