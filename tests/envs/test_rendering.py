@@ -75,7 +75,11 @@ def test_who_was_made_without_rendering_says_so() -> None:
         asked_for(None, "the maze")
 
 
-@pytest.mark.parametrize("error", [ImportError, RuntimeError, AttributeError])
+MUJOCOS_OWN = type("FatalError", (Exception,), {"__module__": "mujoco"})
+OPENGLS_OWN = type("GLError", (Exception,), {"__module__": "OpenGL.error"})
+
+
+@pytest.mark.parametrize("error", [ImportError, RuntimeError, AttributeError, MUJOCOS_OWN, OPENGLS_OWN])
 def test_what_fails_while_drawing_says_what_to_install(error: type[Exception]) -> None:
     with (
         pytest.raises(RenderingError, match="the maze can't draw frames here: no context. On Debian"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,6 +84,17 @@ def test_an_interrupted_run_ends_with_the_same_policy(data: Path, tmp_path: Path
     assert found == (data, TASKS, 0, SMALL, CONFIG)
     with pytest.raises(TrainingError, match="other settings"):
         train_generalist(data, TASKS, tmp_path / "whole", SMALL, replace(CONFIG, steps=7), cadence=OFTEN)
+
+    # Nor with other demonstrations: their normalisers would be put under weights that came of these.
+    archive = archive_of(data, TASKS[0])
+    kept = archive.read_bytes()
+    archive.write_bytes(archive_of(data, TASKS[1]).read_bytes())
+    with pytest.raises(TrainingError, match="archives"):
+        train_generalist(data, TASKS, tmp_path / "whole", SMALL, CONFIG, cadence=OFTEN)
+    archive.write_bytes(kept)
+    settings = tmp_path / "whole" / "config.yaml"
+    settings.write_text(re.sub(r"archives:\n(  .*\n)+", "", settings.read_text()))
+    assert train_generalist(data, TASKS, tmp_path / "whole", SMALL, CONFIG, cadence=OFTEN).steps_done == 0
 
     # One prior for tasks that it has never seen, too, steered by the commands' own code.
     task = "metaworld/window-open-v3"

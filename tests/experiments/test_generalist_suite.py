@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from counterflow.envs.libero import STEP_LIMITS, LiberoEnv, assets_folder
 from counterflow.envs.types import Moment
 from counterflow.errors import (
+    CounterflowError,
     DatasetError,
     InvalidInputError,
     MismatchError,
     MissingDependencyError,
     UnknownNameError,
 )
+from counterflow.experiments import generalist_script
 from counterflow.experiments.generalist import TRAINING
 from counterflow.experiments.generalist_report import Differs, report_means, write_report
 from counterflow.experiments.generalist_suite import (
@@ -29,6 +31,7 @@ from counterflow.experiments.generalist_suite import (
     reversal,
     run_suite,
     slug,
+    steering,
     timing,
 )
 from counterflow.experiments.generalist_suite.making import try_expert
@@ -59,7 +62,7 @@ def measured(suite: Suite, stage: str, successes: dict[str, dict[str, int]], pol
     """Write what a stage would have measured: task -> label -> successes of 20."""
     for task, labels in successes.items():
         results: list[dict[str, Any]] = [
-            {"label": label, "env": task, "steer": steer_of(label), "episodes": 20, "seed": 0, "policy": policy,
+            {"label": label, "env": task, "steer": steer_of(label), "episodes": 20, "seed": SEEDS[stage], "policy": policy,
              "asked": {"method": {}, "reasoner": suite.asked_by(steer_of(label)).to_json()}, "successes": count}
             for label, count in labels.items()
         ]  # fmt: skip
@@ -131,6 +134,70 @@ def test_results_of_other_references_are_not_taken(steered: Suite) -> None:
     assert other.data != steered.data
 
 
+def test_results_of_other_episodes_are_not_taken(suite: Suite) -> None:
+    """Whatever stands last in the file."""
+    for changed in (replace(SETTINGS, seed=7), replace(SETTINGS, episodes=5)):
+        assert Suite(changed, suite.folder).rates("base") == {}
+    assert suite.rates("base")
+
+
+def test_a_policy_that_cannot_be_loaded_is_not_taken_for_the_one_trained_here(suite: Suite) -> None:
+    before = suite.read("generalist")
+    wrong = Suite(replace(SETTINGS, policy=str(suite.folder / "nothing-here")), suite.folder)
+    with pytest.raises(CounterflowError, match="nothing-here"):
+        run_suite(wrong, ["generalist"])
+    assert suite.read("generalist") == before
+
+
+def test_what_is_known_of_the_policy_that_was_trained_here_stays(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_json(suite.results / "generalist.json", {"policy": "ours", "parameters": 7})
+    shipped = Suite(replace(SETTINGS, policy="shipped"), suite.folder)
+    shipped.__dict__["fingerprint"] = "ours"
+    run_suite(shipped, ["generalist"])
+    assert suite.read("generalist") == {"policy": "ours", "parameters": 7}
+    shipped.__dict__["fingerprint"] = "another"
+    run_suite(shipped, ["generalist"])
+    assert suite.read("generalist") == {"policy": "another", "given": "shipped"}
+
+
+def test_a_critic_of_other_tasks_is_another_one(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what the table needs to know of it is written again where that was lost."""
+
+    class Critic:
+        provenance: ClassVar = {"episodes": 9, "successes": 3}
+
+    trained: list[list[str]] = []
+
+    def train(folders: list[Path], out: Path, *_: Any, **__: Any) -> Critic:
+        trained.append([folder.name for folder in folders])
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.touch()
+        return Critic()
+
+    monkeypatch.setattr(steering, "record", lambda *_, **__: None)
+    monkeypatch.setattr(steering, "train_critic", train)
+    monkeypatch.setattr(steering, "load", lambda _: object())
+    monkeypatch.setattr(steering.ChunkCritic, "load", lambda _: Critic())
+    monkeypatch.setattr(Suite, "evaluate", lambda *_: None)
+    run_suite(suite, ["guidance"])
+    (suite.results / "critic.json").unlink()
+    run_suite(suite, ["guidance"])
+    assert len(trained) == 1
+    assert suite.read("critic") == {"policy": "ours", **Critic.provenance}
+    measured(suite, "base", {HELD[2]: {"base": 10}})  # which is more even now than those that came first
+    run_suite(suite, ["guidance"])
+    assert len(trained) == 2
+    assert trained[0] != trained[1]
+
+
+def test_a_policy_that_looks_is_not_guided(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(steering, "load", lambda _: object())
+    monkeypatch.setattr(steering, "looks", lambda _: True)
+    run_suite(Suite(SETTINGS, suite.folder, said.append), ["guidance"])
+    assert "through cameras" in said[0]
+
+
 def test_where_steering_works_decides_on_what_is_learned(steered: Suite) -> None:
     assert steered.working() == [HELD[0], HELD[2]]  # the greatest gain first; exactly ten points count
     assert steered.hardest() == [HELD[1]]
@@ -162,10 +229,15 @@ def test_tables(steered: Suite) -> None:
     measured(steered, "distillation", {HELD[0]: counts, HELD[2]: counts})
     for label, rate in (("DSRL", 0.25), ("DSRL + FRS", 0.75), ("residual", 0.5)):
         curves = {"0": [{"decisions": 30, "success_rate": rate, "episodes": 20}]}
-        asked = steered.asked_of_learning(HELD[0])
+        asked = steered.asked_of_learning(HELD[0], "works")
         assert (asked["policy"], asked["steps"], asked["decisions"]) == ("ours", 10, SETTINGS.decisions)
         content = {"asked": asked, "kind": "works", "task": HELD[0], "label": label, "curves": curves}
         write_json(steered.results / "rl" / f"{label}.json", content)
+        if label == "DSRL":  # the other task's only one so far
+            content |= {"asked": steered.asked_of_learning(HELD[2], "works"), "task": HELD[2]}
+            write_json(steered.results / "rl" / "other.json", content)
+            wrong = {"asked": steered.asked_of_learning(HELD[1], "hard"), "kind": "works", "task": HELD[1]}
+            write_json(steered.results / "rl" / "wrong.json", content | wrong)
     document = steered.folder / "README.md"
     document.write_text("before\n<!-- zero_shot: written by x.py -->\nold\n<!-- /zero_shot -->\nafter\n")
     tables = write_report(steered, document, "x.py", DIFFERS)
@@ -179,6 +251,9 @@ def test_tables(steered: Suite) -> None:
     assert "| **mean of 2** | **5 (" in tables["distillation"]
     assert "DSBC minus BC: +45.0" in tables["distillation"]
     assert "| where FRS works | door-close-v3 | 50 (30-70) | 25 (11-47) | 75 (53-89) |" in tables["rl"]
+    assert "| where FRS works | push-back-v3 |  | 25 (11-47) |  |" in tables["rl"]
+    assert "**mean of 1 that have all** | **50 (30-70)** | **25 (11-47)** | **75 (53-89)** |" in tables["rl"]
+    assert "window-close" not in tables["rl"]
     assert "| FRS, mean | 13.2 | 35 (" in tables["paper"]
     assert "| FRS, tasks failed by the base that gain 10 points or more | 11 of 42 | 1 of 2 |" in tables["paper"]
     assert "| train | 4 | 55 (" in tables["generalist"]
@@ -187,6 +262,28 @@ def test_tables(steered: Suite) -> None:
     assert means[2].startswith("| the 2 that it fails | ")
     assert means[3].startswith("| all 3 that are steered | ")
     assert means[3].split(" | ")[-1].startswith("35 (")
+
+
+def test_a_trial_of_some_tasks_is_not_written_into_the_page(
+    steered: Suite, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document, page = (
+        steered.folder / "README.md",
+        "<!-- zero_shot: written by benchmarks/x/run.py -->\nall\n<!-- /zero_shot -->\n",
+    )
+    document.write_text(page)
+    folder = steered.folder.parent / "x"
+    given = ["run.py", "--out", str(steered.folder), "--stages", "zero_shot", "--tasks", *TRAIN, *HELD]
+    monkeypatch.setattr("sys.argv", given)
+    monkeypatch.setattr(generalist_script, "run_suite", lambda *_: (_ for _ in ()).throw(DatasetError("no more")))
+    with pytest.raises(DatasetError, match="no more"):
+        generalist_script.script(folder, replace(SETTINGS, tasks=()), "", DIFFERS)
+    assert document.read_text() == page
+    assert "| window-close-v3 | held-out-goals |" in capsys.readouterr().out  # what there is is told, whatever failed
+    monkeypatch.setattr(generalist_script, "run_suite", lambda *_: None)
+    monkeypatch.setattr("sys.argv", given[: given.index("--tasks")])
+    generalist_script.script(folder, replace(SETTINGS, tasks=()), "", DIFFERS)
+    assert document.read_text() != page
 
 
 def test_a_simulators_speed_beside_robosuites_own_is_told(tmp_path: Path) -> None:
@@ -223,8 +320,16 @@ def test_what_was_not_run_is_said(tmp_path: Path) -> None:
 def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="libero"):
         SuiteSettings(family="liberoo")
-    with pytest.raises(InvalidInputError, match="rollouts is 0"):
-        SuiteSettings(rollouts=0)
+    for wrong, said in (
+        ({"rollouts": 0}, "rollouts is 0"),
+        ({"convention": "papre"}, "convention is 'papre'"),
+        ({"reasoner_error": 7}, "reasoner_error is 7"),
+        ({"reversals": ()}, "reversals is empty"),
+        ({"family": "libero", "expert_episodes": 60}, "at most 50"),
+        ({"seed": -1}, "seed"),
+    ):
+        with pytest.raises(InvalidInputError, match=said):
+            SuiteSettings(**wrong)
     with pytest.raises(UnknownNameError, match="did you mean"):
         run_suite(Suite(SETTINGS, tmp_path), ["zero_shto"])  # type: ignore[list-item]
     with pytest.raises(MismatchError, match="expected some of both"):

@@ -67,6 +67,7 @@ DRAWN = (
 )  # fmt: skip
 """What a picture depends on, of MuJoCo's data: where everything is."""
 
+ROBOSUITE_LOG = "/tmp/robosuite.log"
 HOW_TO_INSTALL_LIBERO = (
     "pip install 'counterflow[libero]', or, without the training code that LIBERO brings along, pip install "
     "'counterflow[libero-simulator]' and then pip install --no-deps hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1"
@@ -112,7 +113,8 @@ def assets_folder() -> Path:
             return place.resolve()
     raise MissingDependencyError(
         f"LIBERO's assets (meshes and textures) were not found in {', '.join(map(str, places))}; the package comes without them. "
-        "Fetch them with: python -c 'from libero.libero.utils.download_utils import download_assets_from_huggingface as fetch; "
+        "Fetch them with: pip install huggingface_hub && echo n | "  # the import asks about a folder for datasets
+        "python -c 'from libero.libero.utils.download_utils import download_assets_from_huggingface as fetch; "
         f"print(fetch())', or take libero/libero/assets of github.com/Lifelong-Robot-Learning/LIBERO; then set {ASSETS} to "
         "that folder."
     )
@@ -460,8 +462,10 @@ def _prepare() -> Any:
         MissingDependencyError: it or its assets are missing, or MuJoCo is too new.
     """
     package, assets = _package(), assets_folder()
-    import mujoco
-
+    try:
+        import mujoco
+    except ImportError as error:
+        raise MissingDependencyError(f"LIBERO needs MuJoCo: {error}. Install it: {HOW_TO_INSTALL_LIBERO}") from error
     version = tuple(int(part) for part in mujoco.__version__.split(".")[:2])
     if version >= TOO_NEW_MUJOCO:
         raise MissingDependencyError(
@@ -488,6 +492,11 @@ def _prepare() -> Any:
     except ImportError as error:
         raise MissingDependencyError(
             f"LIBERO can't be imported: {error}. Install it: {HOW_TO_INSTALL_LIBERO}"
+        ) from error
+    except OSError as error:  # robosuite opens a log in the folder for temporary files, which may be another user's
+        raise MissingDependencyError(
+            f"LIBERO can't be imported: {error}. robosuite writes a log to {ROBOSUITE_LOG}; if another user owns that file, ask "
+            "them to remove it."
         ) from error
     return ControlEnv
 

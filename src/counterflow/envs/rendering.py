@@ -80,8 +80,12 @@ def drawing(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ImportError, RuntimeError, AttributeError) as error:
-        raise RenderingError(f"{name} can't draw frames here: {error}. {HOW_TO_INSTALL}") from error
+    except Exception as error:
+        # MuJoCo's and PyOpenGL's own are plain exceptions, of classes that can't be imported where drawing does not work.
+        kinds = (ImportError, RuntimeError, AttributeError)
+        if isinstance(error, kinds) or type(error).__module__.split(".")[0] in ("mujoco", "OpenGL"):
+            raise RenderingError(f"{name} can't draw frames here: {error}. {HOW_TO_INSTALL}") from error
+        raise
 
 
 def hurry(model: Any, settings: RenderSettings) -> None:

@@ -305,7 +305,7 @@ def _found(path: Path, request: dict[str, Any]) -> Demonstrated:
         MismatchError: it is something else.
     """
     provenance_path = path.with_suffix(".json")
-    way_out = "Choose another path, or pass overwrite=True (--overwrite) to replace it."
+    way_out = "Choose another path, remove the file, or pass overwrite=True (--overwrite) to replace it."
     try:
         provenance = json.loads(provenance_path.read_text())
         found, attempts, digest = provenance["request"], int(provenance["attempts"]), provenance["sha256"]

@@ -176,8 +176,12 @@ def train_generalist(
         "tasks": list(names),
         "seed": check_seed(seed),
         "architecture": asdict(architecture),
+        "archives": data.digests,  # with others these were other normalisers, under weights that came of the old ones
         **asdict(config),
     }
+    begun = Path(run) / "config.yaml"
+    if begun.exists() and "archives" not in read_config(begun):
+        settings.pop("archives")  # begun before they were noted
     with Run(run, settings) as opened:
         learner = BCLearner(make_generalist(data, architecture, config, seed).to(device), config, seed)
         provenance = {
@@ -212,6 +216,7 @@ def read_generalist_settings(folder: Path | str) -> tuple[Path, list[str], int, 
         TrainingError: the folder holds no run of a generalist.
     """
     content = read_config(Path(folder) / "config.yaml")
+    content.pop("archives", None)
     try:
         algorithm, data, tasks, seed, architecture = (
             content.pop(name) for name in ("algorithm", "data", "tasks", "seed", "architecture")

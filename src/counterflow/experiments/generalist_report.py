@@ -37,12 +37,13 @@ class Differs:
     reasoner: str
 
 
-def write_report(suite: Suite, document: Path | str, command: str, differs: Differs) -> dict[str, str]:
+def write_report(suite: Suite, document: Path | str | None, command: str, differs: Differs) -> dict[str, str]:
     """Put every table between its marks in a document, and draw the figures beside it.
 
     Args:
         suite: whose results.
-        document: with marks `<!-- NAME: written by COMMAND -->` and `<!-- /NAME -->`; a table without marks is left out.
+        document: with marks `<!-- NAME: written by COMMAND -->` and `<!-- /NAME -->`; a table without marks is left out;
+            None: nowhere.
         command: the script, as the marks name it.
         differs: for the side-by-side table.
 
@@ -69,7 +70,7 @@ def write_report(suite: Suite, document: Path | str, command: str, differs: Diff
             tables[name] = write()
         except DatasetError:  # an earlier stage is not finished
             tables[name] = NOT_YET
-    if Path(document).exists():
+    if document is not None and Path(document).exists():
         for name, table in tables.items():
             write_between(document, name, command, table)
     return tables
@@ -239,8 +240,9 @@ def report_rl(suite: Suite) -> str:
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for path in sorted((suite.results / "rl").glob("*.json")):
         content = suite.read(f"rl/{path.stem}")
-        if content["task"] in suite.steered() and content["asked"] == suite.asked_of_learning(content["task"]):
-            found.setdefault(content["kind"], {}).setdefault(content["task"], {})[content["label"]] = content
+        task, kind = content["task"], content["kind"]
+        if task in suite.steered() and content["asked"] == suite.asked_of_learning(task, kind):
+            found.setdefault(kind, {}).setdefault(task, {})[content["label"]] = content
     if not found:
         return NOT_YET
     order = ("residual", "DSRL", "DSRL + FRS")
@@ -251,22 +253,27 @@ def report_rl(suite: Suite) -> str:
         for task, methods in tasks.items():
             cells = (cell(list(curve(methods[label]).values())[-1]) if label in methods else "" for label in order)
             lines.append(f"| {title} | {short(task)} | " + " | ".join(cells) + " |")
-        # A mean over the same tasks for all; a method that a task lacks (no success was found) counts where it ran.
+        # A mean over the same tasks for all: one that lacks a method (no success was found to begin with) is in none.
+        whole = [methods for methods in tasks.values() if all(label in methods for label in order)]
         curves: dict[str, dict[float, Any]] = {}
         for label in order:
-            several = [curve(methods[label]) for methods in tasks.values() if label in methods]
+            several = [curve(methods[label]) for methods in whole]
             for point in sorted({point for one in several for point in one}):
                 rates = tuple(one[point] for one in several if point in one)
                 curves.setdefault(label, {})[point] = MeanRate(rates)
         if curves:
-            ends = (cell(list(curves[label].values())[-1]) if label in curves else "" for label in order)
-            lines.append(f"| {title} | **mean of {len(tasks)}** | " + " | ".join(f"**{one}**" for one in ends) + " |")
+            ends = (cell(list(curves[label].values())[-1]) for label in order)
+            lines.append(
+                f"| {title} | **mean of {len(whole)} that have all** | "
+                + " | ".join(f"**{one}**" for one in ends)
+                + " |"
+            )
             success_curve(
                 curves,
                 suite.folder / f"rl-{kind}.png",
                 xlabel="decisions (chunks) of a seed",
                 title=f"Reinforcement learning {title}",
-                subtitle=f"{suite.settings.family}, mean of {len(tasks)} tasks",
+                subtitle=f"{suite.settings.family}, mean of {len(whole)} tasks",
             )
     return "\n".join(lines)
 
@@ -311,6 +318,9 @@ def report_paper(suite: Suite, differs: Differs) -> str:
     rates, done = suite.steered_rates(), suite.steered()
     failed = suite.failed()
     settings, given = suite.settings, suite.settings.policy
+    about = suite.read("generalist")
+    if about is not None and "provenance" in about and about["policy"] == suite.fingerprint:
+        given = None  # it is the one that was trained here, as it was shipped
     rows: list[tuple[str, str, str]] = [
         ("generalist", "pi0.5, a vision-language-action model", differs.generalist if given is None else given),
         (

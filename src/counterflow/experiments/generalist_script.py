@@ -42,11 +42,19 @@ def script(folder: Path, settings: SuiteSettings, description: str, differs: Dif
     arguments = tyro.cli(Arguments, default=Arguments(out=folder, settings=settings), description=description)
     console = Console(log_path=False)
     suite = Suite(arguments.settings, arguments.out, lambda line: console.log(line, highlight=False))
-    if not arguments.only_report:
-        run_suite(suite, arguments.stages)
+    try:
+        if not arguments.only_report:
+            run_suite(suite, arguments.stages)
+    finally:  # days may have passed before a stage that can't be run
+        _report(suite, arguments.out, folder, differs, console)
+
+
+def _report(suite: Suite, out: Path, folder: Path, differs: Differs, console: Console) -> None:
+    """Print the tables, and write them into the page beside the results unless they are of some tasks alone."""
     command = f"benchmarks/{folder.name}/run.py"
-    tables = write_report(suite, arguments.out / "README.md", command, differs)
-    if arguments.out.resolve() == folder.resolve():  # what is measured elsewhere is not the project's front page
+    whole = not suite.settings.tasks
+    tables = write_report(suite, out / "README.md" if whole else None, command, differs)
+    if whole and out.resolve() == folder.resolve():  # what is measured elsewhere is not the project's front page
         with suppress(DatasetError):  # an earlier stage is not finished
             write_between(folder.parents[1] / "README.md", suite.settings.family, command, report_means(suite))
     for name, table in tables.items():

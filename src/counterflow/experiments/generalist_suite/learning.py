@@ -46,7 +46,7 @@ def reinforcement(suite: Suite) -> None:
 def _alone(suite: Suite, task: str) -> Path:
     """Return the folder of as many rollouts of the generalist alone, denoised in as many steps as the learning's."""
     steps = suite.chosen(task)["frs"]
-    out = suite.data / "alone" / f"{slug(task)}-{steps}"
+    out = suite.data / "alone" / f"{slug(task)}-{steps}-{suite.settings.seed}"
     record(
         task,
         "base",
@@ -83,7 +83,7 @@ def _learn(
     """Train what is missing and keep its curves."""
     settings = suite.settings
     name = f"{slug(task)}-{label.lower().replace(' + ', '-')}"
-    asked = suite.asked_of_learning(task)
+    asked = suite.asked_of_learning(task, kind)
     known = suite.read(f"rl/{name}")
     if known is not None and known["asked"] == asked:
         return
@@ -121,5 +121,5 @@ def _learn(
         on_progress=show,
     )
     content = json.loads((out / "results.json").read_text())
-    kept = {"asked": asked, "kind": kind, "task": task, "label": label}
+    kept = {"asked": asked, "kind": kind, "task": task, "label": label, "bound": run.bound}
     write_json(suite.results / "rl" / f"{name}.json", {**content, **kept})

@@ -111,7 +111,9 @@ def generalist(suite: Suite) -> None:
     settings = suite.settings
     known = suite.read("generalist")
     if settings.policy is not None:
-        write_json(suite.results / "generalist.json", {"policy": suite.fingerprint, "given": settings.policy})
+        fingerprint = suite.fingerprint  # it loads
+        if known is None or known["policy"] != fingerprint:  # of the one that was trained here more is known
+            write_json(suite.results / "generalist.json", {"policy": fingerprint, "given": settings.policy})
         return
 
     def show(progress: Progress) -> None:

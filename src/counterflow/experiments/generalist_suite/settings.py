@@ -5,16 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from counterflow.checks import COUNT, SHARE
-from counterflow.errors import UnknownNameError
+from counterflow.checks import COUNT, SHARE, check_name
+from counterflow.errors import InvalidInputError, UnknownNameError
+from counterflow.experiments.evaluate import ReasonerSettings
 from counterflow.experiments.generalist import TRAINING
 from counterflow.learning import BCConfig
 from counterflow.policies import GeneralistConfig
+from counterflow.random import check_seed
 
 BOUND = 8.0
 """Of noise policies: of the noises of references that are moved far, up to a third lies beyond the default of 3."""
 AGAIN: dict[str, Any] = {"reteach_every": 150, "inversion": "exact", "bound": BOUND}
 """DSRL + FRS has noise policies that are distilled again as successes are found; inversion and bound are the first ones'."""
+LIBERO_STARTS = 50
+"""Initial states of a task of LIBERO's."""
 EVALUATIONS = 3
 """Of a run that learns online: one of failing episodes takes as long as 250 decisions."""
 
@@ -92,4 +96,17 @@ class SuiteSettings:
             raise UnknownNameError("family with a split", self.family, ["metaworld", "libero"])
         COUNT.check_all(self, "episodes", "expert_episodes", "demonstrations", "successes",
                         "decisions", "rollouts", "workers")  # fmt: skip
-        SHARE.check_all(self, "low", "regime")
+        SHARE.check_all(self, "low", "regime", "noise")
+        check_seed(self.seed)
+        for name in ("reversals", "taus", "candidates", "learning_seeds"):
+            if not getattr(self, name):
+                raise InvalidInputError(f"{name} is empty; expected one value or more.")
+        if self.family == "libero" and self.expert_episodes > LIBERO_STARTS:
+            raise InvalidInputError(
+                f"expert_episodes is {self.expert_episodes}; expected at most {LIBERO_STARTS}, the initial states of a task of "
+                "LIBERO's."
+            )
+        said = ReasonerSettings(self.reasoner_error, self.reasoner_delay, self.convention, gripper=self.gripper)
+        said.writing()
+        check_name("gripper", self.gripper, Literal["said", "hold", "policy"])
+        SHARE.check("reasoner_error", self.reasoner_error)

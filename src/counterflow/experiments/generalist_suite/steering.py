@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from counterflow.experiments.distill import distill
 from counterflow.experiments.generalist_suite.settings import BOUND
 from counterflow.experiments.generalist_suite.suite import Suite, slug
 from counterflow.experiments.record import record
+from counterflow.experiments.sight import looks
 from counterflow.files import write_json
 from counterflow.learning import ChunkCriticConfig, DSBCConfig
-from counterflow.steering import RegressorConfig
+from counterflow.policies import load
+from counterflow.steering import ChunkCritic, RegressorConfig
 
 DSBC = DSBCConfig(RegressorConfig(bound=BOUND))
 BC = replace(DSBC, regressor=RegressorConfig(target="action", bound=None))
@@ -39,7 +42,7 @@ def zero_shot(suite: Suite) -> None:
 
 def steered_successes(suite: Suite, task: str, successes: int, folder: str = "steered") -> Path | None:
     """Return the folder of a task's FRS rollouts, recorded as far as they are missing; None: too few succeed."""
-    out = suite.data / folder / f"{slug(task)}-{suite.chosen(task)['frs']}-exact"
+    out = suite.data / folder / f"{slug(task)}-{suite.chosen(task)['frs']}-exact-{suite.settings.seed}"
     try:
         record(
             task,
@@ -87,7 +90,7 @@ def distilled(suite: Suite, rollouts: Path, successes: int, method: str = "dsbc"
     """
     bound = DISTILLED[method].regressor.bound
     kind = method if bound is None else f"{method}-{bound:g}"
-    out = suite.data / "distilled" / f"{rollouts.name}-{successes}-{kind}.safetensors"
+    out = suite.data / "distilled" / f"{rollouts.name}-{successes}-{kind}-{suite.settings.seed}.safetensors"
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         distill([rollouts], out, DISTILLED[method], first=successes, seed=suite.settings.seed)
@@ -97,6 +100,9 @@ def distilled(suite: Suite, rollouts: Path, successes: int, method: str = "dsbc"
 def guidance(suite: Suite) -> None:
     """Guide by a critic that learned from the generalist's own rollouts, on tasks that it has seen and others."""
     settings = suite.settings
+    if looks(load(suite.policy)):
+        suite.log("guidance: left out, a critic learns at states, and this policy looks through cameras")
+        return
     seen, unseen = suite.critics_tasks()
     if not seen:
         suite.log("guidance: the generalist always fails or always succeeds, so there is nothing to learn from")
@@ -104,7 +110,7 @@ def guidance(suite: Suite) -> None:
     folders = []
     for task in seen:
         suite.log(f"guidance: rollouts of {task}")
-        folders.append(suite.data / "alone-for-critic" / slug(task))
+        folders.append(suite.data / "alone-for-critic" / f"{slug(task)}-{settings.seed}")
         record(
             task,
             "base",
@@ -116,10 +122,10 @@ def guidance(suite: Suite) -> None:
             num_envs=settings.num_envs,
             every_step=False,
         )
-    out = suite.data / f"critic-{CRITIC.method}-{len(seen)}-{settings.rollouts}.safetensors"
-    if not out.exists():
-        critic = train_critic(folders, out, CRITIC, seed=settings.seed)
-        write_json(suite.results / "critic.json", {"policy": suite.fingerprint, **critic.provenance})
+    tasks = zlib.crc32(" ".join(seen).encode())  # of other tasks it is another critic
+    out = suite.data / f"critic-{CRITIC.method}-{tasks:08x}-{settings.rollouts}-{settings.seed}.safetensors"
+    critic = ChunkCritic.load(out) if out.exists() else train_critic(folders, out, CRITIC, seed=settings.seed)
+    write_json(suite.results / "critic.json", {"policy": suite.fingerprint, **critic.provenance})
     for task in (*seen, *unseen):
         suite.evaluate("guidance", task, [Contender("base", "base"), Contender("guided", "qgf", critic=str(out))])
     write_json(suite.results / "guidance-tasks.json", {"policy": suite.fingerprint, "seen": seen, "unseen": unseen})

@@ -74,10 +74,17 @@ class Suite:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Which policy it is; of one that is not there any more, what the results say."""
+        """Which policy it is; of this folder's own that is not there any more, what the results say.
+
+        Raises:
+            CounterflowError: a policy was given, and it can't be loaded.
+            DatasetError: none was given, and none was trained here yet.
+        """
         try:
             return policy_name(load(self.policy))
         except CounterflowError as error:
+            if self.settings.policy is not None:
+                raise
             known = self.read("generalist")
             if known is None:
                 raise DatasetError(f"there is no generalist yet ({error}) Run the stage 'generalist' first.") from error
@@ -99,8 +106,9 @@ class Suite:
         return json.loads(path.read_text()) if path.exists() else None
 
     def rates(self, stage: str) -> dict[str, dict[str, SuccessRate]]:
-        """Return what a stage measured of the present policy: label -> task -> rate."""
-        tasks = set(self.tasks)
+        """Return what a stage measured of the present policy, as it is asked for: label -> task -> rate."""
+        tasks, settings = set(self.tasks), self.settings
+        seed = settings.seed + SEEDS[stage]
         return comparison_of(
             [
                 result
@@ -108,6 +116,7 @@ class Suite:
                 for result in read_results(path)
                 if (result["policy"], result["asked"]["reasoner"])
                 == (self.fingerprint, self.asked_by(result["steer"]).to_json())
+                and (result["seed"], result["episodes"]) == (seed, settings.episodes)
                 and result["env"] in tasks
             ]
         ).rates
@@ -225,10 +234,19 @@ class Suite:
             (task for task in gains if task not in works), key=lambda task: (gains[task][0] == 0, gains[task][0], task)
         )[: self.settings.hard]
 
-    def asked_of_learning(self, task: str) -> dict[str, Any]:
-        """Return what must agree for a result of reinforcement learning on a task to count."""
+    def asked_of_learning(self, task: str, kind: str) -> dict[str, Any]:
+        """Return what must agree for a result of reinforcement learning on a task to count.
+
+        Args:
+            task: its name.
+            kind: "works" or "hard": what the learner begins from.
+        """
         settings = self.settings
         return {
+            "kind": kind,
+            "seed": settings.seed,
+            "episodes": settings.episodes,
+            "successes": settings.successes if kind == "works" else 1,
             "policy": self.fingerprint,
             "reasoner": self.reasoner.to_json(),
             "steps": self.chosen(task)["frs"],
