@@ -422,6 +422,18 @@ class TestForeign:
             SteeringDataset.create_or_open(tmp_path, BINDING)
         assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
+    def test_one_may_ask_first_and_leaves_no_trace(self, tmp_path: Path) -> None:
+        recorded(tmp_path / "there")
+        before = files(tmp_path)
+        for name in ("there", "new"):
+            SteeringDataset.check_recordable(tmp_path / name, BINDING)
+        with pytest.raises(MismatchError, match="way of denoising"):
+            SteeringDataset.check_recordable(tmp_path / "there", dataclasses.replace(BINDING, steps=3))
+        with pytest.raises(DatasetError, match="so it is no steering dataset"):
+            SteeringDataset.check_recordable(tmp_path / "there" / "episodes", BINDING)
+        assert files(tmp_path) == before
+        assert not (tmp_path / "new").exists()
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [

@@ -42,7 +42,8 @@ from counterflow.learning.dsbc import DSBCConfig
 from counterflow.learning.dsrl import DSRLConfig
 from counterflow.learning.residual import ResidualConfig
 from counterflow.learning.rfs import RFSConfig
-from counterflow.policies import FlowPolicy
+from counterflow.policies import ActionSpec, FieldPolicy, FlowPolicy
+from counterflow.policies.base import Prior
 from counterflow.random import child_seed, generator
 from counterflow.reasoners import Direction, to_reference
 from counterflow.steering import (
@@ -128,13 +129,18 @@ def algorithm_of(name: str) -> str:
     return "dsrl" if name in ("aliasing", "anchors") else name
 
 
+def still(prior: Prior = "gaussian") -> FieldPolicy:
+    """A flow whose chunk is its noise; what it computes of an observation is not offered."""
+    return FieldPolicy(lambda x, t, seen: 0 * x, ActionSpec(2, 2, (-1.0,) * 2, (1.0,) * 2, prior=prior))
+
+
 def train(name: str, out: Path, settings: OnlineRun = RUN, **changes: Any) -> OnlineTrained:
     options = {"seeds": (0, 1), "config": CONFIGS[name], "env": "plane", **changes}
     env = options.pop("env")
     return train_online(algorithm_of(name), env, out, settings=settings, **options)
 
 
-def recorded(out: Path, prior: FlowPolicy, plane: Callable[..., VectorEnv], episodes: int = 6) -> Path:
+def recorded(out: Path, prior: FlowPolicy, plane: Callable[..., VectorEnv], episodes: int = 6, **about: Any) -> Path:
     """Episodes of a start that always goes the right way, and of the base."""
     binding = binding_of(prior, 3)
     ways = {
@@ -145,7 +151,7 @@ def recorded(out: Path, prior: FlowPolicy, plane: Callable[..., VectorEnv], epis
     }
     with SteeringDataset.create_or_open(out, binding) as dataset:
         for way, policy in ways.items():
-            source = dataset.add_source({"method": way})
+            source = dataset.add_source({"method": way, **about})
             found = run_episodes(policy, plane(2), list(range(episodes)), record=True)
             for index, one in enumerate(found):
                 dataset.append(SteeringEpisode("plane", one.seed, index, one.success, source, arrays_of(one.decisions)))
@@ -188,13 +194,15 @@ def test_it_trains_evaluates_and_leaves_what_it_learned(
     assert sum(one.success for one in found) / len(found) == done.success[1]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "changes"), [*((name, {}) for name in CONFIGS), ("rfs", {"rollout": 5})])
 def test_a_run_that_was_killed_goes_on_with_the_same_numbers(
-    name: str, world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, changes: dict[str, Any], world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(name, tmp_path / "whole")
-    kill(monkeypatch, 18, lambda: train(name, tmp_path / "killed"))
-    done = train(name, tmp_path / "killed")
+    """Of RFS also where a rollout is open at every checkpoint, and at the end."""
+    config = replace(CONFIGS[name], **changes)
+    train(name, tmp_path / "whole", config=config)
+    kill(monkeypatch, 18, lambda: train(name, tmp_path / "killed", config=config))
+    done = train(name, tmp_path / "killed", config=config)
     assert 0 < done.decisions_done < 48
     whole, again = (
         [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
@@ -203,7 +211,45 @@ def test_a_run_that_was_killed_goes_on_with_the_same_numbers(
     assert whole == again
     ledgers = [json.loads((tmp_path / run / "results.json").read_text())["ledger"] for run in ("whole", "killed")]
     assert {**ledgers[0], "seconds": 0} == {**ledgers[1], "seconds": 0}
-    assert train(name, tmp_path / "killed").decisions_done == 0
+    assert train(name, tmp_path / "killed", config=config).decisions_done == 0
+
+
+def test_a_finished_run_of_rfs_is_left_as_it_is(world: None, tmp_path: Path) -> None:
+    """It ends in the midst of its first rollout, which is longer than the run."""
+    config = replace(CONFIGS["rfs"], rollout=64)
+    done = train("rfs", tmp_path / "run", config=config)
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+    again = train("rfs", tmp_path / "run", config=config)
+    assert again.decisions_done == 0
+    assert (again.success, again.ledger) == (done.success, done.ledger)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics
+
+
+@pytest.mark.parametrize("turn", [4, 6, 8, 10])
+def test_what_a_run_cost_does_not_depend_on_where_it_was_killed(
+    turn: int, world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the base is shown, beginning an episode denoises; and a run without evaluation says what it cost, too."""
+    settings = replace(RUN, checkpoint_every=2, decisions=24, episodes=0)
+    train("residual", tmp_path / "whole", settings)
+    kill(monkeypatch, turn, lambda: train("residual", tmp_path / "killed", settings))
+    train("residual", tmp_path / "killed", settings)
+    whole, again = (json.loads((tmp_path / run / "results.json").read_text()) for run in ("whole", "killed"))
+    assert whole["ledger"]["field_evaluations"] == again["ledger"]["field_evaluations"] > 0
+    assert whole["curves"] == {"0": [], "1": []}
+
+
+@pytest.mark.parametrize("name", ["residual", "rfs"])
+def test_during_a_ramp_what_is_kept_is_what_acts(
+    name: str, world: None, prior: FlowPolicy, plane: Callable[..., VectorEnv], tmp_path: Path
+) -> None:
+    """A residual that has grown to half of its size is saved, and evaluated, with half of its bound."""
+    settings = replace(RUN, residual_bound=(0.2, 0.4), ports="residual")
+    done = train(name, tmp_path / "run", settings, config=replace(CONFIGS[name], ramp=96))
+    made = SteeringActor.load(done.folders[1] / "checkpoints" / "actor.safetensors")
+    assert made.config.residual_bound == pytest.approx((0.1, 0.2))
+    found = evaluated(prior, "actor", made, plane)
+    assert sum(one.success for one in found) / len(found) == done.success[1]
 
 
 @pytest.mark.parametrize("name", ["anchors", "dsrl"])
@@ -438,7 +484,9 @@ class TestTaught:
         assert 0 < run(out=tmp_path / "killed").decisions_done < 48
         assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (tmp_path / "killed" / "metrics.jsonl").read_text()
 
-    def test_where_it_is_of_no_use(self, world: None, sources: dict[str, Path], tmp_path: Path) -> None:
+    def test_where_it_is_of_no_use(
+        self, world: None, prior: FlowPolicy, plane: Any, sources: dict[str, Path], tmp_path: Path
+    ) -> None:
         """Said before anything is begun: the mended call may use the same folder."""
         out, run = tmp_path / "run", replace(self.SETTINGS, decisions=8, episodes=0)
         with pytest.raises(MismatchError, match="no actor that could imitate it"):
@@ -456,6 +504,10 @@ class TestTaught:
         for name in ("dsrl", "residual"):
             with pytest.raises(InvalidInputError, match="there is none"):
                 train(name, out, run, config=replace(CONFIGS[name], bc_from="teacher"))
+        other = {**sources, "prefill_from": recorded(tmp_path / "other", prior, plane, every_step={"method": "exact"})}
+        with pytest.raises(MismatchError, match="found by the inversion 'exact'"):
+            train("dsrl", out, replace(run, reteach_every=8), config=self.CONFIG, **other)
+        assert not out.exists()
         assert train("dsrl", out, run, config=self.CONFIG, **sources).decisions_done == 8
         about, config, settings = read_online_settings(out)
         assert about["noise_policy"] == str(sources["noise_policy"])
@@ -517,6 +569,49 @@ def test_evaluation_changes_nothing(world: None, tmp_path: Path) -> None:
         for name in ("with", "without")
     ]
     assert found[0] == found[1]
+
+
+def test_a_refused_call_leaves_the_folder_free_for_the_corrected_one(
+    world: None, prior: FlowPolicy, plane: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, settings = tmp_path / "run", replace(RUN, decisions=8, episodes=0)
+    data = recorded(tmp_path / "data", prior, plane, 2)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").write_text("no dataset")
+    refused: list[tuple[type[Exception], str, Callable[[], Any]]] = [
+        (DatasetError, "no steering dataset", lambda: train("dsrl", out, settings, prefill_from=tmp_path / "nothing")),
+        (MismatchError, "way of denoising", lambda: train("rfs", out, replace(settings, steps=4), record_to=data)),
+        (DatasetError, "letter.txt", lambda: train("rfs", out, settings, record_to=tmp_path / "other")),
+        (InvalidInputError, "keep_steering", lambda: train("residual", out, replace(settings, keep_steering=True))),
+        (UnknownNameError, "scripted reasoner", lambda: train("dsrl", out, replace(settings, keep_steering=True))),
+        (InvalidInputError, "RFS has no noise bound", lambda: train("rfs", out, replace(settings, bound=2.0))),
+        (InvalidInputError, "residual_bound", lambda: train("rfs", out, replace(settings, residual_bound=(0.2, 0.0)))),
+        (UnknownNameError, "reward", lambda: train("rfs", out, replace(settings, reward="costs"))),  # type: ignore[arg-type]
+        (UnknownNameError, "ports", lambda: train("dsrl", out, replace(settings, ports="all"))),  # type: ignore[arg-type]
+    ]
+    for error, match, call in refused:
+        with pytest.raises(error, match=match):
+            call()
+        assert not out.exists(), match
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "load_prior", lambda env, policy, device: still())
+        with pytest.raises(MismatchError, match="can't denoise from its features"):
+            train("aliasing", out, settings)
+    assert not out.exists()
+    assert train("rfs", out, settings).decisions_done == 8
+
+
+def test_a_uniform_prior_is_refused_where_the_latent_is_learned(
+    world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A residual leaves the latent to the prior, whatever that is."""
+    monkeypatch.setattr(module, "load_prior", lambda env, policy, device: still("uniform"))
+    settings = replace(RUN, decisions=8, episodes=0)
+    for name in ("dsrl", "rfs"):
+        with pytest.raises(MismatchError, match="'uniform'.*expected 'gaussian'.*residual"):
+            train(name, tmp_path / "run", settings)
+    assert train("residual", tmp_path / "run", settings).decisions_done == 8
+    assert train("rfs", tmp_path / "alone", replace(settings, ports="residual")).decisions_done == 8
 
 
 def test_a_seed_does_not_depend_on_the_others(world: None, tmp_path: Path) -> None:
@@ -689,6 +784,8 @@ class TestStart:
         assert OnlineRun(bound=1.0).space("dsrl", prior, noises).bound == 1.0
         assert OnlineRun().space("dsrl", prior).bound == 1.5
         assert OnlineRun().space("rfs", prior).bound is None
+        with pytest.raises(InvalidInputError, match=r"bound is 1.0.*expected 0"):
+            OnlineRun(bound=1.0).space("rfs", prior)
         assert OnlineRun(latent="repeated").space("dsrl", prior).size == 2
 
     def test_a_start_that_is_worse_than_the_base_is_told(

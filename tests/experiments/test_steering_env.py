@@ -13,7 +13,7 @@ from gymnasium.utils.env_checker import check_env
 from counterflow.envs import VectorEnv
 from counterflow.errors import InvalidInputError, TrainingError
 from counterflow.experiments.steering_env import SteeredRows, SteeringEnv, SteeringVectorEnv
-from counterflow.policies import FlowPolicy
+from counterflow.policies import ActionSpec, FieldPolicy, FlowPolicy
 from counterflow.steering import SteeringSpace
 
 TOWARDS = torch.full((1, 4), 1.5)
@@ -101,6 +101,25 @@ def test_the_vector_environment_begins_anew_and_keeps_the_last_observation(plane
     assert all(np.abs(info["final_obs"][row] - observation[row]).max() > 0.1 for row in range(2))
     again = SteeringVectorEnv(plane(2), prior, max_chunks=2)
     np.testing.assert_array_equal(again.reset(seed=3)[0], env.reset(seed=3)[0])
+
+
+def test_what_was_returned_stays_as_it_was(plane: Any) -> None:
+    """A policy without features shows the state itself, and the next episode must not be written over the last."""
+    policy = FieldPolicy(lambda x, t, seen: 0 * x, ActionSpec(2, 2, (-1.0,) * 2, (1.0,) * 2))
+    env = SteeringVectorEnv(plane(2), policy, max_chunks=2)
+    first, _ = env.reset(seed=3)
+    away = np.stack([-TOWARDS[0].numpy()] * 2)
+    returned = [first, env.step(away)[0]]
+    observation, _, _, truncated, info = env.step(away)
+    assert truncated.all()
+    returned += [observation, *info["final_obs"]]
+    assert info["final_obs"].shape == (2,)
+    assert all(np.abs(info["final_obs"][row] - observation[row]).max() > 0.1 for row in range(2))
+    kept = [one.copy() for one in returned]
+    env.step(away)
+    env.reset()
+    for one, before in zip(returned, kept, strict=True):
+        np.testing.assert_array_equal(one, before)
 
 
 @pytest.mark.parametrize("spoil", ["reward", "observation"])

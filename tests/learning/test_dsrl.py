@@ -119,6 +119,22 @@ def test_the_temperature_rises_where_entropy_is_too_low() -> None:
 
 
 @pytest.mark.parametrize("kind", ["sac", "aliasing"])
+def test_a_temperature_at_its_floor_rises_as_soon_as_it_is_asked_to(kind: str) -> None:
+    """What lies beneath the floor does not wind up."""
+    changes = {"temperature_floor": 0.5, "temperature_learning_rate": 0.1, "initial_temperature": 0.6}
+    learner = make(kind, [0, 1], **changes, target_entropy=-1e3)
+    replay = filled(2)
+    learner.update(replay, 20)
+    torch.testing.assert_close(learner.log_temperature.detach().exp(), torch.full((2,), 0.5))
+    assert (learner.temperature >= 0.5).all()
+    below = make(kind, [0, 1], **{**changes, "initial_temperature": 0.1, "learn_temperature": False})
+    assert (below.temperature == 0.5).all()
+    learner.target_entropy = 1e3
+    learner.update(replay, 20)
+    assert (learner.temperature > 0.55).all()
+
+
+@pytest.mark.parametrize("kind", ["sac", "aliasing"])
 def test_the_actor_finds_the_best_action(kind: str) -> None:
     learner = make(kind, [0, 1], **{**FAST, "initial_temperature": 0.05, "learn_temperature": False})
     learner.update(filled(2), 150)
@@ -417,12 +433,14 @@ def test_a_compiled_update_gives_the_numbers_of_an_eager_one(monkeypatch: pytest
         return decode(observations, latents, rest)
 
     settings: dict[str, Any] = {**SMALL, "variant": "aliasing", "distill_steps": 2, "bc_weight": 0.5, "bc_batch": 4}
+    settings |= {"temperature_floor": 1.0, "target_entropy": -1e3}
     found = []
     for compiled in (False, True):
         config = DSRLConfig(**{**settings, "compile": compiled})
         learner = AliasingLearner(SIZES, config, [0, 1], decode=watched if compiled else decode, rest=2)
         numbers = learner.update(filled(2, 30, prefilled=True), 3)
         found.append((numbers, learner.state()))
+        assert (learner.log_temperature == 0).all()  # it would fall, and is held
     assert entered
     assert all(entered)  # the flow is nowhere asked outside of what is compiled
     for eager, compiled in zip(*found, strict=True):

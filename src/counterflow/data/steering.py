@@ -110,8 +110,7 @@ class SteeringDataset:
             StorageError: another process records there, or the folder can't be written.
         """
         path = Path(path)
-        _check_binding(binding)
-        _refuse_foreign(path)
+        cls.check_recordable(path, binding)
         with _locked_or_closed(path, "recording to") as lock:
             if (path / _MANIFEST).exists():
                 found, _ = _read_manifest(path)
@@ -123,6 +122,25 @@ class SteeringDataset:
             _remove_leftovers(path)
             dataset._lock = lock
         return dataset
+
+    @classmethod
+    def check_recordable(cls, path: Path | str, binding: Binding) -> None:
+        """Refuse a folder that nothing of this binding can be recorded to; nothing is made or changed, and no episode read.
+
+        Args:
+            path: the folder, which need not be there.
+            binding: what the noises belong to that would be recorded.
+
+        Raises:
+            InvalidInputError, UnknownNameError: the binding has a number below 1, or an unknown solver.
+            MismatchError: the dataset there belongs to another policy, or another way of denoising.
+            DatasetError: the folder holds something else.
+        """
+        path = Path(path)
+        _check_binding(binding)
+        _refuse_foreign(path)
+        if (path / _MANIFEST).exists():
+            _read_manifest(path)[0].check(binding, f"the steering dataset {path}")
 
     @classmethod
     def load(cls, path: Path | str) -> SteeringDataset:

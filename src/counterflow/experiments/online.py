@@ -28,8 +28,8 @@ import torch
 
 from counterflow.envs import make_env
 from counterflow.errors import InvalidInputError, MismatchError, TrainingError, UnknownNameError
-from counterflow.experiments.evaluate import load_prior, policy_name
-from counterflow.experiments.online_data import Recording, prefill
+from counterflow.experiments.evaluate import ReasonerSettings, load_prior, policy_name
+from counterflow.experiments.online_data import Prefilled, Recording, check_recordable, prefill
 from counterflow.experiments.online_loop import Ledger, OnlineLoop, OnlineProgress, OnlineTrained
 from counterflow.experiments.online_settings import CONFIGS, Config, OnlineRun
 from counterflow.experiments.online_teaching import Teachers, successes_in
@@ -78,12 +78,13 @@ def train_online(
         on_progress: called at each report.
 
     Raises:
-        MismatchError: policy, task, recordings and noise policy don't fit.
+        InvalidInputError: settings don't fit the algorithm or one another.
+        MismatchError: policy, algorithm, task, recordings and noise policy don't fit.
         DatasetError: recordings are damaged, or nothing in them serves.
         TrainingError: the folder holds another run, or a loss, reward or observation is not finite any more.
         WorkerError: a simulator died; the last checkpoint is safe.
         StorageError: a file can't be written; the last checkpoint is safe.
-        UnknownNameError: no such algorithm or environment.
+        UnknownNameError: no such algorithm or environment, or no reasoner for it that could be asked.
     """
     if algorithm not in CONFIGS:
         raise UnknownNameError("online algorithm", algorithm, CONFIGS)
@@ -93,17 +94,24 @@ def train_online(
             f"{algorithm} was given {type(config).__name__}; expected {CONFIGS[algorithm].__name__}."
         )
     settings = OnlineRun() if settings is None else settings
-    _check_sources(algorithm, config, prefill_from, noise_policy, record_to)
-    if settings.reteach_every and (isinstance(config, RFSConfig) or config.bc_from != "teacher"):
-        raise InvalidInputError(
-            f"reteach_every is {settings.reteach_every}, and no noise policy is imitated that could be distilled again. "
-            "Give dsrl a noise policy and bc_from 'teacher', or leave it at 0."
-        )
+    _check_sources(algorithm, env, config, settings, prefill_from, noise_policy, record_to)
     device = as_device(device)
     prior = load_prior(env, policy, str(device))
     loose = settings.space(algorithm, prior)
+    _check_policy(config, loose)
     config = settings.bounded(config, loose.executed)
     teacher = None if noise_policy is None else _teacher(noise_policy, loose, device)
+    data = None if prefill_from is None else _prefilled(algorithm, env, config, settings, prefill_from, loose)
+    space = loose if data is None else settings.space(algorithm, prior, data.noises)
+    teachers = None
+    if teacher is not None:
+        known = []
+        if settings.reteach_every and prefill_from is not None:
+            only, by = settings.successes_only, settings.inversion
+            known = successes_in(prefill_from, env, settings.first or None, successes_only=only, inversion=by)
+        teachers = Teachers(teacher, space, list(seeds), known)
+    if record_to is not None:
+        check_recordable(record_to, space)
     content = {
         "algorithm": algorithm,
         "env": env,
@@ -118,39 +126,31 @@ def train_online(
     }
     if teacher is not None:
         content["noise_policy_fingerprint"] = teacher.fingerprint
-    with Run(run, content) as folder:
-        data = None
-        if prefill_from is not None:
-            first = settings.first or None
-            options: dict[str, Any] = {"discount": config.discount, "reward": settings.reward, "first": first}
-            options["successes_only"] = settings.successes_only
-            data = prefill(prefill_from, loose, env, **options)
-            tight = settings.space(algorithm, prior, data.noises)
-            if tight.bound != loose.bound:  # the noises decide on the bound, and the bound clips them
-                data = prefill(prefill_from, tight, env, **options)
-            loose = tight
-        teachers = None
-        if teacher is not None:
-            known = []
-            if settings.reteach_every and prefill_from is not None:
-                only = settings.successes_only
-                first_ones, by = settings.first or None, settings.inversion
-                known = successes_in(prefill_from, env, first_ones, successes_only=only, inversion=by)
-            teachers = Teachers(teacher, loose, list(seeds), known)
-        with ExitStack() as open_ones:
-            recording = None
-            if record_to is not None:
-                about = {
-                    name: content[name]
-                    for name in ("algorithm", "env", "policy_fingerprint", "prefill", "noise_policy")
-                }
-                about |= {"run": _described(settings), "settings": asdict(config)}
-                recording = open_ones.enter_context(Recording(record_to, loose, about, list(seeds), settings.num_envs))
-            vector = open_ones.enter_context(make_env(env, settings.num_envs * len(seeds), workers=workers))
-            loop = OnlineLoop(
-                algorithm, vector, loose, folder, config, settings, list(seeds), device, data, recording, teachers
-            )
-            return loop.go(on_progress)
+    # Whatever can be known without simulators is checked before this: once settings lie in the folder, no others are taken.
+    with Run(run, content) as folder, ExitStack() as open_ones:
+        recording = None
+        if record_to is not None:
+            about = {
+                name: content[name] for name in ("algorithm", "env", "policy_fingerprint", "prefill", "noise_policy")
+            }
+            about |= {"run": _described(settings), "settings": asdict(config)}
+            recording = open_ones.enter_context(Recording(record_to, space, about, list(seeds), settings.num_envs))
+        vector = open_ones.enter_context(make_env(env, settings.num_envs * len(seeds), workers=workers))
+        loop = OnlineLoop(
+            algorithm, vector, space, folder, config, settings, list(seeds), device, data, recording, teachers
+        )
+        return loop.go(on_progress)
+
+
+def _prefilled(
+    algorithm: str, env: str, config: Config, settings: OnlineRun, source: Path | str, loose: SteeringSpace
+) -> Prefilled:
+    """Read what the replay begins with, its latents within the bound that its own noises may decide on."""
+    options: dict[str, Any] = {"discount": config.discount, "reward": settings.reward, "first": settings.first or None}
+    options["successes_only"] = settings.successes_only
+    data = prefill(source, loose, env, **options)
+    tight = settings.space(algorithm, loose.policy, data.noises)
+    return data if tight.bound == loose.bound else prefill(source, tight, env, **options)
 
 
 def _described(settings: OnlineRun) -> dict[str, Any]:
@@ -163,11 +163,25 @@ def _described(settings: OnlineRun) -> dict[str, Any]:
 
 def _check_sources(
     algorithm: str,
+    env: str,
     config: Config,
+    settings: OnlineRun,
     prefill_from: Path | str | None,
     noise_policy: Path | str | None,
     record_to: Path | str | None,
 ) -> None:
+    if settings.keep_steering and algorithm != "dsrl":
+        raise InvalidInputError(
+            f"keep_steering is for dsrl; {algorithm} was asked for. Use dsrl, or leave keep_steering at false."
+        )
+    anchors = isinstance(config, DSRLConfig) and config.variant == "anchors"
+    if settings.keep_steering or (anchors and settings.reasoner):
+        ReasonerSettings(settings.reasoner_error).maker(env)  # where nobody speaks it says so
+    if settings.reteach_every and (isinstance(config, RFSConfig) or config.bc_from != "teacher"):
+        raise InvalidInputError(
+            f"reteach_every is {settings.reteach_every}, and no noise policy is imitated that could be distilled again. "
+            "Give dsrl a noise policy and bc_from 'teacher', or leave it at 0."
+        )
     if None not in (prefill_from, record_to) and Path(str(prefill_from)).resolve() == Path(str(record_to)).resolve():
         raise InvalidInputError(
             f"{record_to} is to be recorded to, and the replay begins with what it holds: after an interruption that would be "
@@ -195,6 +209,18 @@ def _check_sources(
         raise InvalidInputError(
             "a noise policy was given, and nothing imitates it: expected imitation above 0, or bc_from 'teacher' with a weight."
         )
+
+
+def _check_policy(config: Config, space: SteeringSpace) -> None:
+    """Check that an algorithm can begin as the frozen policy, and ask of it what it wants to."""
+    prior = space.policy.action_spec.prior
+    if space.latent_size and prior != "gaussian":
+        raise MismatchError(
+            f"the frozen policy's noise is {prior!r}, and latents that are learned begin as Gaussian ones, which it never saw; "
+            "expected 'gaussian'. Learn a residual, which leaves the noise as it is (residual, or rfs with ports 'residual')."
+        )
+    if isinstance(config, DSRLConfig) and config.variant == "aliasing":
+        space.context_of(torch.zeros(1, 1))
 
 
 def _teacher(path: Path | str, space: SteeringSpace, device: torch.device) -> ChunkRegressor:

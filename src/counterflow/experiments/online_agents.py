@@ -12,7 +12,6 @@ from torch.nn import functional
 
 from counterflow.data.replay import Replay
 from counterflow.envs import VectorEnv
-from counterflow.errors import InvalidInputError
 from counterflow.experiments.evaluate import ReasonerSettings
 from counterflow.experiments.online_data import Prefilled, anchors_of
 from counterflow.experiments.online_settings import OnlineRun
@@ -59,8 +58,8 @@ class Agent(ABC):
         """Keep what came of them, and learn; return numbers (S,), or nothing where nothing was learned."""
 
     @abstractmethod
-    def acting(self, index: int) -> SteeredPolicy:
-        """Return the steered policy that a seed has become."""
+    def acting(self, index: int, decision: int) -> SteeredPolicy:
+        """Return the steered policy that a seed has become after so many decisions."""
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
@@ -71,13 +70,8 @@ class Agent(ABC):
         """Go on from it."""
 
     @abstractmethod
-    def artefact(self, index: int) -> SteeringActor | AnchorsCritic:
-        """Return what is left of a seed: an actor, or critics and the anchors among which they choose."""
-
-    @property
-    def settled(self) -> bool:
-        """Whether everything that is known lies in the state."""
-        return True
+    def artefact(self, index: int, decision: int) -> SteeringActor | AnchorsCritic:
+        """Return what is left of a seed after so many decisions: an actor, or critics and the anchors among which they choose."""
 
     @property
     def make_reasoner(self) -> MakeReasoner | None:
@@ -96,7 +90,6 @@ class OffPolicyAgent(Agent):
     """DSRL and residual RL: a replay, and several updates a decision.
 
     Args:
-        algorithm: "dsrl" or "residual".
         vector: the simulators.
         space: what an action means.
         rows: the episodes that go on.
@@ -109,7 +102,6 @@ class OffPolicyAgent(Agent):
 
     def __init__(
         self,
-        algorithm: str,
         vector: VectorEnv,
         space: SteeringSpace,
         rows: SteeredRows,
@@ -143,8 +135,6 @@ class OffPolicyAgent(Agent):
             self.proposals = Proposals(space, anchors_of(spec), settings.particles, settings.spread, settings.steps)
         self._weighted = anchors and settings.reasoner
         if settings.keep_steering or self._weighted:
-            if algorithm != "dsrl":
-                raise InvalidInputError(f"keep_steering is for dsrl; {algorithm} was asked for.")
             make = self._asking.maker(vector.spec.name)
             self.reasoners = [make() for _ in range(len(rows))]
             self._asked = [(-1, -1)] * len(rows)
@@ -157,9 +147,6 @@ class OffPolicyAgent(Agent):
         if config.variant == "anchors":
             return AnchorsLearner(sizes, config, self.seeds, self.device)
         if config.variant == "aliasing":
-            space.context_of(
-                torch.zeros(1, sizes.observation)
-            )  # a policy that can't is refused before anything is begun
             decode, rest = decoding(space)
             return AliasingLearner(sizes, config, self.seeds, self.device, decode=decode, rest=rest)
         return DSRLLearner(sizes, config, self.seeds, self.device)
@@ -284,18 +271,19 @@ class OffPolicyAgent(Agent):
             self.evaluations += updates * len(self.seeds) * self.learner.decoded_rows * self.space.steps
         return self.learner.update(self.replay, updates)
 
-    def acting(self, index: int) -> SteeredPolicy:
+    def acting(self, index: int, decision: int) -> SteeredPolicy:
         """Return the policy that a seed has become."""
-        made = self.artefact(index)
+        made = self.artefact(index, decision)
         if isinstance(made, AnchorsCritic):
             return steer_anchors(self.space.policy, made)
         return steer_actor(self.space.policy, made)
 
-    def artefact(self, index: int) -> SteeringActor | AnchorsCritic:
+    def artefact(self, index: int, decision: int) -> SteeringActor | AnchorsCritic:
         """Return a seed's actor, or its critics and anchors."""
         networks = self.learner.networks
         if "actor" in networks:
-            return actor_of(self.space, networks["actor"].part(index, 1), "squashed")
+            size = self.config.size_at(decision) if isinstance(self.config, ResidualConfig) else 1.0
+            return actor_of(self.space, networks["actor"].part(index, 1), "squashed", size)
         config, settings, members = self.config, self.settings, self.config.members
         assert isinstance(config, DSRLConfig)
         critics = networks["critic"].part(index * members, members)
@@ -358,7 +346,7 @@ class RFSAgent(Agent):
         self._turns: list[tuple[Tensor, ...]] = []
 
     def act(self, rows: SteeredRows, decision: int) -> Tensor:
-        """Return actions (N, D): the base's own in the warm-up, or those of an actor that was taught, then the learner's."""
+        """Return actions (N, D): what the policy draws, its residual at its present size."""
         shape = (len(self.seeds), self.settings.num_envs)
         self._raw, self._densities = self.learner.act(rows.shown.to(self.learner.device).unflatten(0, shape))
         return self.learner.executed(self._raw, self.config.size_at(decision)).flatten(0, 1)
@@ -380,28 +368,29 @@ class RFSAgent(Agent):
         self.updates += self.learner.step - before
         return numbers
 
-    @property
-    def settled(self) -> bool:
-        """Whether no rollout has begun that isn't in the state."""
-        return not self._turns
-
-    def acting(self, index: int) -> SteeredPolicy:
+    def acting(self, index: int, decision: int) -> SteeredPolicy:
         """Return the policy that a seed has become."""
-        return steer_actor(self.space.policy, self.artefact(index))
+        return steer_actor(self.space.policy, self.artefact(index, decision))
 
-    def artefact(self, index: int) -> SteeringActor:
+    def artefact(self, index: int, decision: int) -> SteeringActor:
         """Return a seed's actor."""
-        actor = actor_of(self.space, self.learner.policy.part(index, 1), "gaussian")
+        part, size = self.learner.policy.part(index, 1), self.config.size_at(decision)
+        actor = actor_of(self.space, part, "gaussian", size)
         actor.log_std.copy_(self.learner.log_std.detach()[index, 0])
         return actor
 
     def state(self) -> dict[str, Tensor]:
-        """Return everything that going on needs."""
-        return {f"learner.{name}": value for name, value in self.learner.state().items()}
+        """Return everything that going on needs, the rollout that is open among it."""
+        columns = zip(*self._turns, strict=True)
+        turns = {f"turns.{index}": torch.stack(column).cpu() for index, column in enumerate(columns)}
+        return turns | {f"learner.{name}": value for name, value in self.learner.state().items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from it."""
         self.learner.restore(under("learner.", state))
+        kept = under("turns.", state)
+        columns = [kept[str(index)].to(self.learner.device).unbind(0) for index in range(len(kept))]
+        self._turns = list(zip(*columns, strict=True))
 
 
 def decoding(space: SteeringSpace) -> tuple[Decode, int]:
@@ -436,11 +425,14 @@ def composing(space: SteeringSpace) -> tuple[int, Compose]:
     return shape[0] * shape[1], compose
 
 
-def actor_of(space: SteeringSpace, network: Any, law: Literal["squashed", "gaussian"]) -> SteeringActor:
-    """Return one seed's network as the actor that steers."""
+def actor_of(
+    space: SteeringSpace, network: Any, law: Literal["squashed", "gaussian"], size: float = 1.0
+) -> SteeringActor:
+    """Return one seed's network as the actor that steers, its residual's bounds times `size`: as far as it has grown."""
     spec = space.policy.action_spec
     given = space.residual_bound
-    bounds = (float(given),) * spec.dim if isinstance(given, int | float) else tuple(float(one) for one in given)
+    each = (given,) * spec.dim if isinstance(given, int | float) else given
+    bounds = tuple(size * float(one) for one in each)
     config = ActorConfig(
         law,
         space.ports,

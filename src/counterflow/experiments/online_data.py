@@ -263,6 +263,19 @@ def anchors_of(spec: ActionSpec, convention: Convention = OGBENCH) -> Reference:
     )
 
 
+def check_recordable(path: Path | str, space: SteeringSpace) -> None:
+    """Raise what a `Recording` would that is not fit for its folder or its space; nothing is made or changed.
+
+    Raises:
+        MismatchError: the folder holds noises of another policy, or of another way of denoising, or noises would have to be
+            found without the pictures that they are of.
+        DatasetError: the folder holds something else.
+    """
+    if space.residual_size:
+        check_on_states(space.policy, "the noise of corrected chunks is found", "Train without recording.")
+    SteeringDataset.check_recordable(path, binding_of(space.policy, space.steps, space.solver))
+
+
 class Recording:
     """The episodes of an online training as they come to their end, in a steering dataset; a context manager.
 
@@ -285,8 +298,7 @@ class Recording:
     def __init__(
         self, path: Path | str, space: SteeringSpace, about: Mapping[str, Any], seeds: Sequence[int], streams: int
     ) -> None:
-        if space.residual_size:
-            check_on_states(space.policy, "the noise of corrected chunks is found", "Train without recording.")
+        check_recordable(path, space)
         self._space, self._streams = space, streams
         self._binding = binding_of(space.policy, space.steps, space.solver)
         self.dataset = SteeringDataset.create_or_open(path, self._binding)

@@ -152,7 +152,7 @@ class OnlineLoop:
         if isinstance(config, RFSConfig):
             self.agent = RFSAgent(space, self.rows, config, settings, seeds, device)
         else:
-            self.agent = OffPolicyAgent(algorithm, vector, space, self.rows, config, settings, seeds, device, data)
+            self.agent = OffPolicyAgent(vector, space, self.rows, config, settings, seeds, device, data)
         self.decision = 0
         self.ledger = Ledger()
         self.recent: list[list[float]] = [[] for _ in seeds]
@@ -171,7 +171,7 @@ class OnlineLoop:
             WorkerError: a simulator died; the last checkpoint is safe.
             StorageError: a file can't be written; the last checkpoint is safe.
         """
-        settings, folder, agent = self.settings, self.folder, self.agent
+        settings, folder = self.settings, self.folder
         state = folder.load_state()
         if state is not None:
             self._restore(state)
@@ -196,10 +196,10 @@ class OnlineLoop:
                 self._evaluate((last and settings.final_episodes) or settings.episodes)
                 if last:
                     self._draw()
-            if (self._due(before, settings.checkpoint_every) or evaluating or last) and agent.settled:
+            elif last:
+                self._write_results()
+            if self._due(before, settings.checkpoint_every) or evaluating or last:
                 self._checkpoint()
-        if not agent.settled and self.decision > first:
-            self._checkpoint(final=True)
         return OnlineTrained(
             {seed: self._place(seed).parent for seed in self.seeds},
             dict(self.success),
@@ -228,6 +228,8 @@ class OnlineLoop:
             recent = self.recent[row // streams]
             recent.append(float(made.success[row]))
             del recent[:-RECENT]
+        if done:  # before costs are added up: where the base is shown this denoises, and a checkpoint begins without it
+            rows.begin(done)
         for index, own in enumerate(made.steps.view(-1, streams).sum(1).tolist()):
             self.steps_of[index] += own
         self.ledger.environment_steps += float(made.steps.sum())
@@ -236,8 +238,6 @@ class OnlineLoop:
         self.ledger.reasoner_queries += agent.queries
         self.ledger.updates += agent.updates
         rows.evaluations, agent.evaluations, agent.queries, agent.updates = 0, 0.0, 0.0, 0
-        if done:
-            rows.begin(done)
 
     def _due(self, before: int, every: int) -> bool:
         return bool(every) and before // every < self.decision // every
@@ -268,7 +268,8 @@ class OnlineLoop:
         seeds = [child_seed(child_seed(0, "validation"), "episode", index) for index in range(count)]
         told: dict[str, float] = {EVALUATED: float(count)}
         for index, seed in enumerate(self.seeds):
-            found = run_episodes(self.agent.acting(index), self.vector, seeds, self.agent.make_reasoner)
+            acting = self.agent.acting(index, self.decision)
+            found = run_episodes(acting, self.vector, seeds, self.agent.make_reasoner)
             rate = sum(one.success for one in found) / len(found)
             self.success[seed] = rate
             told[f"success/seed-{seed}"] = rate
@@ -339,12 +340,12 @@ class OnlineLoop:
     def _place(self, seed: int) -> Path:
         return self.folder.folder / f"seed-{seed}" / "checkpoints"
 
-    def _checkpoint(self, *, final: bool = False) -> None:
+    def _checkpoint(self) -> None:
         """Keep every seed's actor, and the state."""
         if not self.agent.learner.finite():
             raise self._diverged(f"weights are not finite after decision {self.decision}")
         for index, seed in enumerate(self.seeds):
-            made = self.agent.artefact(index)
+            made = self.agent.artefact(index, self.decision)
             made.provenance = {
                 "algorithm": self.algorithm,
                 "env": self.vector.spec.name,
@@ -357,8 +358,7 @@ class OnlineLoop:
             }
             self._place(seed).mkdir(parents=True, exist_ok=True)
             made.save(self._place(seed) / ("anchors" if isinstance(made, AnchorsCritic) else "actor"))
-        if not final:
-            self.folder.save_state(self._state())
+        self.folder.save_state(self._state())
 
     def _state(self) -> dict[str, Tensor]:
         longest = max(1, *(len(one) for one in self.rows.history))
@@ -400,13 +400,6 @@ class OnlineLoop:
         self.reported = [dict(zip(numbers, values, strict=True)) for values in zip(*numbers.values(), strict=True)]
         lengths = state["loop.lengths"].tolist()
         names = [field.name for field in fields(Taken)]
-        if (
-            "loop.history" in state
-        ):  # written before recordings were known: only what was executed, and no recording goes on
-            nothing = torch.zeros(*state["loop.history"].shape[:2], 0)
-            state |= {f"loop.history.{name}": nothing for name in names} | {
-                "loop.history.actions": state["loop.history"]
-            }
         history = [
             [Taken(*(state[f"loop.history.{name}"][row, turn].numpy() for name in names)) for turn in range(length)]
             for row, length in enumerate(lengths)
@@ -458,7 +451,7 @@ class OnlineLoop:
         space, learner = self.space, self.agent.learner
         if isinstance(learner, SACLearner) and learner.teacher is not None:
             cure = "See how the noise policy itself does ('counterflow eval --steer dsbc'), or give a larger bound."
-            return self.agent.acting(0), "an imitation of the noise policy", cure
+            return self.agent.acting(0, self.decision), "an imitation of the noise policy", cure
         start = starting(space, self.config, child_seed(0, "start", "residual"))
         return start, _said(space, self.config), _cure(space)
 

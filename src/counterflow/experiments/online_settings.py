@@ -37,8 +37,8 @@ class OnlineRun:
         reward: "cost", "success" or "dense", see `SteeredRows`.
         clip_values: keep what critics learn within what this reward allows, where the entropy is no part of it.
         steps: K, denoising steps.
-        bound: the noise bound; 0: chosen from the noises of prefilled successes, 1.5 without any. RFS has none: its latents
-            begin as the prior's own.
+        bound: the noise bound; 0: chosen from the noises of prefilled successes, 1.5 without any. RFS has none, and is given
+            none: its latents begin as the prior's own.
         latent: the latent's shape: "full", "low_rank" or "repeated".
         rank: of "low_rank".
         rest: of "low_rank", "prior" or "zero".
@@ -65,6 +65,7 @@ class OnlineRun:
 
     Raises:
         InvalidInputError: a number is out of range.
+        UnknownNameError: no such name.
     """
 
     decisions: int = 5_000
@@ -101,10 +102,12 @@ class OnlineRun:
             self, or_zero=("first", "reteach_every", "start_episodes", "evaluate_every", "episodes", "final_episodes")
         )
         SHARE.check_all(self, "reasoner_error")
+        check_name("reward", self.reward, RewardKind)
+        check_name("steering ports", self.ports, Ports)
         check_name("inversion", self.inversion, Literal["regularised", "exact"])
-        if not self.residual_bound:
+        if not self.residual_bound or not all(0 < one < float("inf") for one in self.residual_bound):
             raise InvalidInputError(
-                "no residual bound was given; expected one number, or one for each action dimension."
+                f"residual_bound is {self.residual_bound}; expected one positive number, or one for each action dimension."
             )
         LatentShape(self.latent, self.rank, self.rest)
 
@@ -129,14 +132,22 @@ class OnlineRun:
             algorithm: "dsrl", "residual" or "rfs".
             policy: the frozen policy.
             noises: (N, H, A) of successes, of which a bound that was left open is chosen.
+
+        Raises:
+            InvalidInputError: a noise bound was given to RFS, or bounds don't fit the policy.
         """
+        if algorithm == "rfs" and self.bound:
+            raise InvalidInputError(
+                f"bound is {self.bound}, and RFS has no noise bound: its latents are Gaussian, as the prior's are. It would be "
+                "evaluated and saved as another policy than the one that was trained; expected 0. Leave it out, or use dsrl."
+            )
         shape = LatentShape(self.latent, self.rank, self.rest)
         ports: Ports = {"dsrl": "latent", "residual": "residual", "rfs": self.ports}[algorithm]  # type: ignore[assignment]
         bound: float | None = self.bound or DEFAULT_BOUND
         if not self.bound and noises is not None and len(noises):
             bound = suggest_bound(noises, shape)
         if algorithm == "rfs":
-            bound = self.bound or None
+            bound = None
         residual = self.residual_bound[0] if len(self.residual_bound) == 1 else self.residual_bound
         return SteeringSpace(policy, ports, self.steps, "euler", bound, shape, residual, algorithm == "residual")
 

@@ -274,6 +274,8 @@ class SteeredRows:
 
     def _begin(self, seeds: dict[int, int]) -> None:
         batch = self.env.reset({row: child_seed(seed, "environment") for row, seed in seeds.items()})
+        # Where there are no features, what was shown is this very array, and it is in others' hands.
+        self._observation = self._observation.copy()
         for row, seed in seeds.items():
             self._rngs[row] = generator(child_seed(seed, "policy"))
             self._observation[row] = batch.observation[row]
@@ -478,10 +480,12 @@ class SteeringVectorEnv(gymnasium.vector.VectorEnv[Array, Array, Array]):
         made = self.rows.step(torch.as_tensor(np.asarray(actions, np.float32)))
         info, shown, done = _info(made), made.shown, made.done.numpy()
         if done.any():
-            last = made.shown.cpu().numpy()
-            info["final_obs"] = np.array([one if over else None for one, over in zip(last, done, strict=True)], object)
-            info["_final_obs"] = done
-            shown = self.rows.begin(np.flatnonzero(done).tolist())
+            last, over = made.shown.cpu().numpy(), np.flatnonzero(done).tolist()
+            ends = np.full(self.num_envs, None, object)  # np.array would make a table of numbers where every row ended
+            for row in over:
+                ends[row] = last[row]
+            info["final_obs"], info["_final_obs"] = ends, done
+            shown = self.rows.begin(over)
         rewards: Any = made.rewards.numpy()
         terminated: Any = made.terminated.numpy()
         truncated: Any = made.truncated.numpy()

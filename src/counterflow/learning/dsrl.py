@@ -13,10 +13,11 @@ The action is the latent, clipped to [-b, b] by the squashing of the policy.
                by TD from what was executed (SARSA), and one of them, or their average, is used
 
 DSRL + FRS (arXiv 2606.13675): the replay is prefilled with steered rollouts, and -lambda log pi over the latents of successful
-ones is added to the actor's loss (`bc_weight`, with a schedule). Where these were distilled into a noise policy (DSBC), the actor
-may begin as an imitation of it (`SACLearner.imitate`), and the divergence from it take the place of that term
-(`bc_from="teacher"`). Unlike the released code, noises are denoised once, the bound holds in both variants, and steps are
-counted as decisions everywhere.
+ones is added to the actor's loss (`bc_weight`, with a schedule). Here lambda is per number of the latent: log pi is divided by
+their count D (`sac.cloning_loss`), so that a weight means the same for every latent, and the paper preset's `bc_weight` of 1 is
+1/D of the paper's. Where these were distilled into a noise policy (DSBC), the actor may begin as an imitation of it
+(`SACLearner.imitate`), and the divergence from it take the place of that term (`bc_from="teacher"`). Unlike the released code,
+noises are denoised once, the bound holds in both variants, and steps are counted as decisions everywhere.
 """
 
 from __future__ import annotations

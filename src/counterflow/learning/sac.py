@@ -56,7 +56,8 @@ class SACConfig:
         n_step: chunks over which returns are summed.
         batch_size: decisions in an update.
         update_ratio: updates for each decision that a seed makes (the update-to-data ratio).
-        warmup: decisions of a seed before learning begins, made as the base policy does, or as the teacher.
+        warmup: decisions of a seed before learning begins, made as the base policy does, or as the teacher; by anchors, which
+            have nobody to begin as, as critics choose that know nothing yet.
         learning_rate: of the critics.
         actor_learning_rate: of the actor.
         temperature_learning_rate: of the temperature.
@@ -399,10 +400,9 @@ class SACLearner(Resumable, Generic[Config]):
             with torch.no_grad():
                 actor, (low, high) = self.networks["actor"], LOG_STD
                 actor.weights[-1].mul_(FIRST)
-                if actor.outputs == 2 * sizes.action:
-                    # A latent begins as near N(0, 1) as its bound lets it: bound * tanh(noise / bound).
-                    wanted = (config.initial_std / sizes.limits.clamp_min(1)).log().clamp(low + 0.01, high - 0.01)
-                    actor.biases[-1][..., sizes.action :] = torch.atanh(2 * (wanted - low) / (high - low) - 1) - MIDDLE
+                # A latent begins as near N(0, 1) as its bound lets it: bound * tanh(noise / bound).
+                wanted = (config.initial_std / sizes.limits.clamp_min(1)).log().clamp(low + 0.01, high - 0.01)
+                actor.biases[-1][..., sizes.action :] = torch.atanh(2 * (wanted - low) / (high - low) - 1) - MIDDLE
         for online, target in self.following():
             target.load_state_dict(online.state_dict())
             target.requires_grad_(False)
@@ -573,6 +573,9 @@ class SACLearner(Resumable, Generic[Config]):
         self._optimiser.zero_grad()
         losses.sum().backward()
         self._optimiser.step()
+        if self.config.learn_temperature and self.config.temperature_floor:
+            # Left to itself it goes on falling where nobody sees it, and is as long in coming back.
+            self.log_temperature.detach().clamp_(min=math.log(self.config.temperature_floor))
 
     @torch.no_grad()
     def follow(self) -> None:
