@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from counterflow.errors import CheckpointError, StorageError, TrainingError
+from counterflow.errors import CheckpointError, InvalidInputError, MismatchError, StorageError, TrainingError
 from counterflow.experiments.run import Run, read_config
 
 CONFIG = {"algorithm": "bc", "seed": 1, "network": {"name": "mlp", "width": 8}}
@@ -28,6 +28,27 @@ def test_settings_are_kept_and_compared(tmp_path: Path) -> None:
         pass
     with pytest.raises(TrainingError, match="seed 1 there, 2 here"), Run(tmp_path / "run", {**CONFIG, "seed": 2}):
         pass
+
+
+def test_settings_that_were_refused_leave_the_folder_free(tmp_path: Path) -> None:
+    """Unless something came of them, or they lay there before."""
+    for error in (InvalidInputError, MismatchError):
+        with pytest.raises(error, match="no"), Run(tmp_path / "run", CONFIG):
+            raise error("no")
+
+    def refused_late(run: Run) -> None:
+        run.report(1, loss=0.5)
+        raise InvalidInputError("no")
+
+    with pytest.raises(InvalidInputError, match="no"), Run(tmp_path / "run", {**CONFIG, "seed": 2}) as run:
+        refused_late(run)
+    with pytest.raises(TrainingError, match="seed 2 there"), Run(tmp_path / "run", CONFIG):
+        pass
+    with Run(tmp_path / "other", CONFIG):
+        pass
+    with pytest.raises(InvalidInputError, match="no"), Run(tmp_path / "other", CONFIG):
+        raise InvalidInputError("no")
+    assert read_config(tmp_path / "other" / "config.yaml") == CONFIG
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:

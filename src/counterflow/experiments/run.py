@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from counterflow.errors import CheckpointError, StorageError, TrainingError
+from counterflow.errors import CheckpointError, InvalidInputError, MismatchError, StorageError, TrainingError
 from counterflow.files import reason_of, replacing, save_tensors, storage_error, take_lock
 
 
@@ -43,6 +43,8 @@ class Run:
         self._state_path = self.checkpoints / "state.safetensors"
         self._metrics_path = self.folder / "metrics.jsonl"
         self._config = json.loads(json.dumps(config))  # plain values, as they come back from the file
+        self._config_path = self.folder / "config.yaml"
+        self._new = False
         self._board: Any = None
         with _storing(self.folder):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -60,8 +62,10 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the files and let others train here."""
+        """Close the files and let others train here; settings that were refused before anything came of them don't stay."""
         try:
+            if isinstance(error, InvalidInputError | MismatchError) and self._new and not self._begun():
+                self._config_path.unlink(missing_ok=True)
             if self._board is not None:
                 with _storing(self.folder):
                     self._board.close()
@@ -134,9 +138,8 @@ class Run:
             raise storage_error(self.folder, reason_of(error)) from error
 
     def _write_or_compare_config(self) -> None:
-        path = self.folder / "config.yaml"
-        if path.exists():
-            found = read_config(path)
+        if self._config_path.exists():
+            found = read_config(self._config_path)
             changed = sorted(name for name in {*found, *self._config} if found.get(name) != self._config.get(name))
             if changed:
                 listing = ", ".join(
@@ -147,8 +150,13 @@ class Run:
                     "choose another folder."
                 )
             return
-        with replacing(path) as temporary:
+        with replacing(self._config_path) as temporary:
             temporary.write_text(yaml.safe_dump(self._config, sort_keys=False))
+        self._new = True
+
+    def _begun(self) -> bool:
+        """Say whether anything was trained."""
+        return self._metrics_path.exists() or any(self.checkpoints.iterdir())
 
 
 def read_config(path: Path | str) -> dict[str, Any]:
