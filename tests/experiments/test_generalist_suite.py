@@ -149,7 +149,7 @@ def test_a_policy_that_cannot_be_loaded_is_not_taken_for_the_one_trained_here(su
     assert suite.read("generalist") == before
 
 
-def test_what_is_known_of_the_policy_that_was_trained_here_stays(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_known_of_the_policy_that_was_trained_here_stays(suite: Suite) -> None:
     write_json(suite.results / "generalist.json", {"policy": "ours", "parameters": 7})
     shipped = Suite(replace(SETTINGS, policy="shipped"), suite.folder)
     shipped.__dict__["fingerprint"] = "ours"

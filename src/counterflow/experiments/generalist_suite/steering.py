@@ -90,7 +90,7 @@ def distilled(suite: Suite, rollouts: Path, successes: int, method: str = "dsbc"
     """
     bound = DISTILLED[method].regressor.bound
     kind = method if bound is None else f"{method}-{bound:g}"
-    out = suite.data / "distilled" / f"{rollouts.name}-{successes}-{kind}-{suite.settings.seed}.safetensors"
+    out = suite.data / "distilled" / f"{rollouts.name}-{successes}-{kind}.safetensors"
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         distill([rollouts], out, DISTILLED[method], first=successes, seed=suite.settings.seed)
