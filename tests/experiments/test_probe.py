@@ -12,12 +12,13 @@ import torch
 
 from counterflow.errors import InvalidInputError
 from counterflow.experiments.figures import steerability
+from counterflow.experiments.online_agents import PriorLatent
 from counterflow.experiments.probe import FixedNoise, RandomResidual, probe, reach_of, runs_of, worse
 from counterflow.experiments.statistics import SuccessRate
 from counterflow.layout import ActionLayout
 from counterflow.policies import ActionSpec, FieldPolicy, FlowPolicy
 from counterflow.random import generator
-from counterflow.steering import SteeredPolicy, SteeringContext, SteeringSpace
+from counterflow.steering import LatentShape, SteeredPolicy, SteeringContext, SteeringSpace
 
 
 def test_a_probe_answers_all_questions(plane: Any, prior: FlowPolicy, tmp_path: Path) -> None:
@@ -63,3 +64,15 @@ def test_what_counts_as_worse() -> None:
     assert worse(SuccessRate(2, 20), base)
     assert not worse(SuccessRate(9, 20), base)
     assert worse(SuccessRate(0, 20), SuccessRate(0, 20))
+
+
+@pytest.mark.parametrize("shape", [LatentShape("full"), LatentShape("repeated"), LatentShape("low_rank", 2, "zero")])
+def test_latents_are_drawn_by_the_law_of_the_flow(shape: LatentShape) -> None:
+    """EVO-1's noise is uniform: numbers beyond 1 would be states that it never saw."""
+    spec = ActionSpec(4, 3, (-1.0,) * 3, (1.0,) * 3, prior="uniform")
+    flow = FieldPolicy(lambda x, t, _: 0 * x, spec, encode=lambda seen: seen)
+    start = PriorLatent(SteeringSpace(flow, bound=None, latent=shape))
+    noise, _ = start(flow, SteeringContext(None, 500), generator(0))
+    share = 0.5 if shape.kind == "low_rank" else 1.0  # two coefficients of four carry the energy, the rest is zero
+    assert noise.square().mean().item() == pytest.approx(share / 3, rel=0.1)
+    assert shape.kind == "low_rank" or noise.abs().max() <= 1

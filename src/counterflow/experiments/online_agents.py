@@ -24,7 +24,7 @@ from counterflow.learning.residual import Compose, ResidualConfig, ResidualLearn
 from counterflow.learning.rfs import RFSConfig, RFSLearner, Rollout
 from counterflow.learning.sac import ActionSizes, SACLearner
 from counterflow.policies import BasePolicy, bind
-from counterflow.random import RowGenerators, child_seed, draw_normal, draw_prior, generator
+from counterflow.random import RowGenerators, child_seed, draw_prior, generator
 from counterflow.reasoners import Direction, Reasoner, to_reference
 from counterflow.steering import (
     ActorConfig,
@@ -456,7 +456,7 @@ def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class PriorLatent:
-    """A start: coefficients of N(0, I) within the bound, in the latent's shape: what a learner begins with."""
+    """A start: coefficients of the prior's law within the bound, in the latent's shape: what a learner begins with."""
 
     space: SteeringSpace
 
@@ -466,7 +466,7 @@ class PriorLatent:
         shape = (context.batch_size, spec.horizon, spec.state_dim)
         fresh = draw_prior(rng, shape, space.device, spec.prior)
         actions = torch.zeros((context.batch_size, space.size), device=space.device)
-        own = draw_normal(rng, (context.batch_size, space.latent_size), space.device)
+        own = draw_prior(rng, (context.batch_size, space.latent_size), space.device, spec.prior)
         actions[:, : space.latent_size] = own
         return space.noise(space.split(actions)[0], fresh), fresh.new_zeros(context.batch_size)
 
