@@ -55,6 +55,8 @@ DEGRADED = {
     "ogbench/cube-single-task4": ReasonerSettings(error=0.55),
     "ogbench/cube-single-task5": ReasonerSettings(error=0.5),
     "ogbench/puzzle-3x3-task1": ReasonerSettings(error=0.75),
+    "ogbench/scene-task2": ReasonerSettings(error=0.5),
+    "metaworld/lever-pull-v3": ReasonerSettings(error=0.25),
 }
 HARDLY = tuple(DEGRADED)
 ONE_TAUGHT = "DSBC, one success"
