@@ -16,7 +16,16 @@ from counterflow.experiments.online_data import anchors_of
 from counterflow.learning import DSBCConfig
 from counterflow.learning.dagger import DAggerConfig
 from counterflow.policies import Normaliser, load
-from counterflow.steering import AnchorsConfig, AnchorsCritic, ChunkRegressor, RegressorConfig, binding_of
+from counterflow.steering import (
+    ActorConfig,
+    AnchorsConfig,
+    AnchorsCritic,
+    ChunkRegressor,
+    RegressorConfig,
+    SteeringActor,
+    SteeringSpace,
+    binding_of,
+)
 
 TASK = "ogbench/cube-single-task1"
 SMALL = ("--regressor.members", "2", "--regressor.width", "32", "--regressor.depth", "1", "--steps", "20")
@@ -371,6 +380,23 @@ class TestOnline:
         assert "needs critics and their anchors" in failure(capsys, "eval", TASK, "--steer", "anchors", *few)
         message = failure(capsys, "eval", TASK, "--steer", "actor", "--noise-policy", path, *few)
         assert "holds a 'counterflow/anchors'; expected a 'counterflow/steering-actor'" in message
+
+    def test_an_actors_latents_are_drawn_where_that_is_asked_for(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        prior = load("cube-single")
+        torch.manual_seed(0)
+        space = SteeringSpace(prior, bound=1.5)
+        actor = SteeringActor(ActorConfig(hidden=(8,)), 28, space.size, binding_of(prior, 5)).requires_grad_(False)
+        own = ("--steer", "actor", "--noise-policy", actor.save(tmp_path / "actor"), "--num-envs", "1")
+        mean = evaluation(tmp_path / "mean.json", *own)
+        drawn = evaluation(tmp_path / "drawn.json", *own, "--drawn")
+        assert drawn["settings"] == {**mean["settings"], "drawn": True}
+        # The deviation before the squashing is 1 in an actor that has learned nothing: noises are larger than its mean's.
+        assert drawn["diagnostics"]["noise_percentile"] > mean["diagnostics"]["noise_percentile"]
+        for other in ("frs", "base"):
+            message = failure(capsys, "eval", TASK, "--steer", other, "--drawn", "--episodes", "1", "--num-envs", "1")
+            assert f"only an actor's latents can be drawn from its law; the method is '{other}'" in message
 
     def test_an_actor_is_asked_for_and_not_there(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert "needs an actor" in failure(

@@ -33,12 +33,12 @@ from counterflow.files import write_between, write_json
 from counterflow.learning.corrections import CorrectionsConfig
 from counterflow.learning.dsrl import DSRLConfig, Variant
 from counterflow.learning.residual import CriticSees
-from counterflow.steering import ChunkRegressor, MethodSettings
+from counterflow.steering import ChunkRegressor, MethodSettings, SteeringActor
 
 HERE = Path(__file__).parent
 COMMAND = "benchmarks/online_rl/run.py"
 DATA, RUNS, RESULTS = HERE / "data", HERE / "runs", HERE / "results"
-Stage = Literal["references", "works", "hardly", "rfs", "offline", "variants", "bounds", "shapes", "probe"]
+Stage = Literal["references", "works", "hardly", "draws", "rfs", "offline", "variants", "bounds", "shapes", "probe"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 SEEDS = (0, 1, 2)
 # FRS works, the base is under 0.3.
@@ -103,8 +103,9 @@ class Arguments:
     """Run the benchmark of online reinforcement learning."""
 
     stages: tuple[Stage, ...] = STAGES
-    """references: base, FRS and DSBC; works: where FRS works; hardly: from a single success; rfs: with its ablations; offline:
-    RFS from corrections; variants: SAC against noise aliasing; bounds and shapes: of the latent; probe: steerability."""
+    """references: base, FRS and DSBC; works: where FRS works; hardly: from a single success; draws: what both have learned, with
+    latents drawn as in training; rfs: with its ablations; offline: RFS from corrections; variants: SAC against noise aliasing;
+    bounds and shapes: of the latent; probe: steerability."""
     tasks: tuple[str, ...] = ()
     """Run the stages of a table for these tasks alone."""
     methods: tuple[str, ...] = ()
@@ -394,10 +395,31 @@ def steerabilities(job: Job) -> None:
             write_json(path, {**found.to_json(), "machine": machine()})
 
 
+def draws(job: Job) -> None:
+    """Let what DSRL + FRS has learned draw its latents, as it did in training; of the runs that are still there."""
+    episodes = job.arguments.final_episodes
+    for stage in ("works", "hardly"):
+        for task in job.tasks(tuple(dict.fromkeys((*WORKS, *HARDLY)))):
+            for path in sorted((RESULTS / stage).glob(f"{short(task)}-DSRL-+-FRS*.json")):
+                content = json.loads(path.read_text())
+                actors = sorted((RUNS / stage / path.stem).glob("seed-*/checkpoints/actor.safetensors"))
+                if "drawn" in content or len(actors) != len(content["curves"]):
+                    continue
+                job.console.log(f"draws: {task}, {content['label']}")
+                prior, found = load_prior(task), []
+                with open_env(task, episodes) as env:
+                    for index, actor in enumerate(actors):
+                        learned = SteeringActor.load(actor)
+                        rate = evaluate(env, prior, "actor", episodes, index, learned=learned, drawn=True).rate
+                        found.append(rate.to_json())
+                write_json(path, {**content, "drawn": found})
+
+
 RUN: dict[str, Callable[[Job], None]] = {
     "references": references,
     "works": works,
     "hardly": hardly,
+    "draws": draws,
     "rfs": rfs,
     "offline": offline,
     "variants": variants,
@@ -443,8 +465,10 @@ def report() -> None:
             for task, methods in found.items():
                 alone = results_of("works").get(task, {})
                 methods.update({label: alone[label] for label in ("DSRL",) if label in alone})
-        lines = ["| task | method | success at the end | environment steps a seed | seconds, all seeds |"]
-        lines += ["| --- | --- | ---: | ---: | ---: |"]
+        drawing = any("drawn" in content for methods in found.values() for content in methods.values())
+        heads = ["task", "method", "success at the end", *(["latents drawn"] if drawing else [])]
+        heads += ["environment steps a seed", "seconds, all seeds"]
+        lines = ["| " + " | ".join(heads) + " |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
         for task, methods in found.items():
             levels = levels_of(task, stage)
             success_curve(
@@ -455,13 +479,23 @@ def report() -> None:
                 subtitle=f"{len(next(iter(methods.values()))['curves'])} training seeds",
                 levels=levels,
             )
-            lines += [f"| {task} | {label} | {cell(rate)} | | |" for label, rate in levels.items()]
+            empty = " |" * (len(heads) - 3)
+            lines += [f"| {task} | {label} | {cell(rate)} |{empty}" for label, rate in levels.items()]
             for label, content in methods.items():
                 steps, rate = list(curve(content).items())[-1]
-                lines.append(f"| {task} | {label} | {cell(rate)} | {steps:,.0f} | {content['ledger']['seconds']:.0f} |")
+                cells = [task, label, cell(rate), *([drawn_rate(content)] if drawing else [])]
+                lines.append("| " + " | ".join([*cells, f"{steps:,.0f}", f"{content['ledger']['seconds']:.0f}"]) + " |")
         write_between(HERE / "README.md", stage, COMMAND, "\n".join(lines))
         if stage == "works":
             write_between(HERE.parents[1] / "README.md", "rl", COMMAND, summary(found))
+
+
+def drawn_rate(content: Mapping[str, Any]) -> str:
+    """Write the success of drawn latents, all seeds' episodes together; nothing where it was not measured."""
+    rates = content.get("drawn", [])
+    if not rates:
+        return ""
+    return cell(SuccessRate(sum(one["successes"] for one in rates), sum(one["episodes"] for one in rates)))
 
 
 def summary(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:

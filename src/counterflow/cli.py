@@ -129,6 +129,9 @@ class Eval:
     anchors (of --variant anchors)."""
     corrects: Path | None = None
     """Of --steer actor, the noise policy that the actor corrects ('counterflow train corrections --noise-policy')."""
+    drawn: bool = False
+    """Of --steer actor, draw its latents from its law, as in training; else a SAC actor's mean acts. Where a mean gets stuck a
+    draw comes loose."""
     num_envs: int | None = None
     """Environments stepped side by side; the result does not depend on it."""
     device: str = "cpu"
@@ -169,6 +172,7 @@ class Eval:
                 learned=learned,
                 critic=critic,
                 guidance=self.guiding.settings(),
+                drawn=self.drawn,
                 on_episode=_Count(update),
             )
         _say(console, result)

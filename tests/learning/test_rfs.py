@@ -13,9 +13,10 @@ from counterflow.data import Replay
 from counterflow.errors import CheckpointError, InvalidInputError, UnknownNameError
 from counterflow.learning.residual import ResidualConfig, ResidualLearner
 from counterflow.learning.rfs import RFSConfig, RFSLearner, Rollout, advantages, divergence_of, policy_loss
-from counterflow.learning.sac import ActionSizes, parameters
+from counterflow.learning.sac import ActionSizes
 from counterflow.policies import ActionSpec, FlowPolicy, NetworkConfig, Normaliser
 from counterflow.steering import SteeringSpace
+from counterflow.steering.actor import parameters
 
 SMALL = {"width": 16, "depth": 2, "epochs": 2, "minibatches": 2}
 LIMITS = torch.tensor([0.2, 0.05])

@@ -11,7 +11,7 @@ from counterflow.errors import CheckpointError, MismatchError
 from counterflow.policies import ActionSpec, FlowPolicy, NetworkConfig, Normaliser
 from counterflow.random import generator
 from counterflow.steering import LatentShape, binding_of
-from counterflow.steering.actor import ActorConfig, SteeringActor, steer_actor
+from counterflow.steering.actor import ActorConfig, SteeringActor, parameters, steer_actor
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,19 @@ def test_a_gaussian_actors_latents_are_drawn(policy: FlowPolicy) -> None:
     assert not torch.allclose(*drawn)
     means = [steer_actor(policy, actor, sample=False).act(observation, rng=seed).noise for seed in (0, 1)]
     torch.testing.assert_close(*means)
+
+
+def test_a_squashed_actors_latents_are_drawn_where_that_is_asked_for(policy: FlowPolicy) -> None:
+    """By the law that it was trained with: the network's deviations, squashed into the bound."""
+    actor, observation = make("latent", policy), torch.randn(1, 4).expand(4000, -1)
+    mean = steer_actor(policy, actor).act(observation, rng=0).noise
+    drawn = steer_actor(policy, actor, sample=True).act(observation, rng=0).noise
+    assert torch.equal(mean[0], mean[1])
+    assert drawn.abs().max() <= 1.5
+    _, log_std = parameters(actor.network(observation[None, :1])[0])
+    raw = torch.atanh((drawn / 1.5).clamp(-1 + 1e-6, 1 - 1e-6)).flatten(1)
+    torch.testing.assert_close(raw.median(0).values, torch.atanh(mean[0].flatten() / 1.5), atol=0.1, rtol=0.1)
+    torch.testing.assert_close(raw.std(0), log_std[0].exp(), atol=0.05, rtol=0.1)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

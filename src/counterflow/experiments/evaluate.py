@@ -253,6 +253,7 @@ def evaluate(
     critic: ChunkCritic | None = None,
     guidance: GuidanceSettings | None = None,
     first: int = 0,
+    drawn: bool = False,
     on_episode: Callable[[Episode], None] | None = None,
 ) -> Evaluation:
     """Run `episodes` episodes of one method on one task.
@@ -273,6 +274,7 @@ def evaluate(
         critic: what guides the flow: that of the policy alone ("qgf"), or, beside it, of "frs", "dsbc" and others.
         guidance: how; a weight that is to be found costs episodes of its own, which aren't counted as results.
         first: leave out the episodes before this one, which have been run.
+        drawn: of an actor: draw its latents from its law, as in training, in the place of its law's own choice (SAC's: the mean).
         on_episode: called as each episode finishes.
 
     Raises:
@@ -283,9 +285,10 @@ def evaluate(
     Range(0, episodes - 1, integer=True).check("first", first)
     settings = MethodSettings() if settings is None else settings
     reasoner = ReasonerSettings() if reasoner is None else reasoner
-    steered = steered_by(policy, method, settings, learned)
+    steered = steered_by(policy, method, settings, learned, drawn=drawn)
     make_reasoner = reasoner.maker(env.spec.name) if asks(method, learned) else None
     own = own_settings(method, settings) | ({} if learned is None else {"learned": learned.fingerprint})
+    own |= {"drawn": True} if drawn else {}
     if critic is not None or method == GUIDED:
         critic, guidance = _guiding(method, critic), GuidanceSettings() if guidance is None else guidance
         found = weigh(env, steered, critic, guidance, seed, make_reasoner=make_reasoner, convention=reasoner.writing())
@@ -330,21 +333,30 @@ def steered_by(
     method: str,
     settings: MethodSettings,
     learned: Learned | None = None,
+    *,
+    drawn: bool = False,
 ) -> SteeredPolicy:
     """Return `policy` steered by any method that has a name, zero-shot or learned; a critic goes on top (`guide`).
 
     Raises:
         UnknownNameError: no such method.
         MismatchError: what was learned belongs to another policy, or serves another method.
-        InvalidInputError: a setting is out of range, or nothing was given for a method that needs something learned.
+        InvalidInputError: a setting is out of range, or nothing was given for a method that needs something learned, or latents
+            are to be drawn where no actor decides on them.
     """
+    if drawn and not (method == ACTOR and isinstance(learned, SteeringActor) and learned.config.ports != "residual"):
+        raise InvalidInputError(
+            f"only an actor's latents can be drawn from its law; the method is {method!r}"
+            f"{' with an actor of residuals' if method == ACTOR and learned is not None else ''}. Leave out --drawn, or use "
+            "--steer actor with what 'counterflow train dsrl' made."
+        )
     if method == ACTOR:
         if not isinstance(learned, SteeringActor):
             raise InvalidInputError(
                 "'actor' needs an actor, and none was given. Train one: 'counterflow train dsrl', 'residual' or 'rfs', and pass "
                 "it with --noise-policy."
             )
-        return steer_actor(policy, learned)
+        return steer_actor(policy, learned, sample=drawn or None)
     if method == ANCHORS:
         if not isinstance(learned, AnchorsCritic):
             raise InvalidInputError(

@@ -30,12 +30,10 @@ from counterflow.learning.state import Resumable
 from counterflow.policies import as_device
 from counterflow.policies.stacked import Activation, StackedMLP
 from counterflow.random import check_seed, child_seed, generator
+from counterflow.steering.actor import LOG_STD, MIDDLE, parameters
 
 INSIDE = 0.98
 """How far inside the tanh's range a label is clipped before its density is taken: beyond, log pi breaks."""
-LOG_STD = (-5.0, 2.0)
-MIDDLE = math.atanh(2 * -LOG_STD[0] / (LOG_STD[1] - LOG_STD[0]) - 1)
-"""Where the log-deviation is 0: actors begin there, broad, rather than narrow and far from every label."""
 FIRST = 0.01
 """How much of its usual size an actor's last layer begins with. One that begins sure of itself gives the first labels so small a
 density that their gradients fill the optimiser's memory for thousands of updates."""
@@ -230,13 +228,6 @@ def squash(outputs: Tensor, noise: Tensor, limits: Tensor) -> tuple[Tensor, Tens
     # log(1 - tanh^2), written so that it does not underflow
     density = density - 2 * (math.log(2) - raw - functional.softplus(-2 * raw))
     return limits * torch.tanh(raw), density.sum(-1)
-
-
-def parameters(outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and log-deviation (..., D), before the squashing, of what the actor says (..., 2 D)."""
-    mean, spread = outputs.float().chunk(2, -1)
-    low, high = LOG_STD
-    return mean, low + 0.5 * (high - low) * (torch.tanh(spread + MIDDLE) + 1)
 
 
 def log_density(outputs: Tensor, actions: Tensor, limits: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ ports: its latent is where the flow starts, its residual is added to the result.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
@@ -27,6 +28,10 @@ from counterflow.steering.start import Rng
 from counterflow.steering.steered import SteeredPolicy, frozen, inputs_of
 
 Law = Literal["squashed", "gaussian"]
+LOG_STD = (-5.0, 2.0)
+"""Between these a squashed law's log-deviations lie."""
+MIDDLE = math.atanh(2 * -LOG_STD[0] / (LOG_STD[1] - LOG_STD[0]) - 1)
+"""Where the log-deviation is 0: actors begin there, broad, rather than narrow and far from every label."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,8 @@ class ActorConfig:
     """An actor's network, and what its numbers mean.
 
     Attributes:
-        law: "squashed": limit * tanh(what the network says) (SAC); "gaussian": the latent as it is said, the residual squashed
-            (RFS).
+        law: "squashed": limit * tanh(a Gaussian of which the network says mean and deviation) (SAC); "gaussian": the latent as it
+            is said, the residual squashed, the deviations the same everywhere (RFS).
         ports, bound, latent, residual_bound, show_base: as for `SteeringSpace`; `residual_bound` one a dimension.
         hidden: neurons of the hidden layers.
         norm: where layer norms stand.
@@ -107,7 +112,7 @@ class SteeringActor(DescribedModule):
         Args:
             inputs: (B, F).
             limits: (D,) of the space; a Gaussian latent's are not read.
-            noise: (B, D) draws of N(0, I) with which a Gaussian law is drawn from; None: the means.
+            noise: (B, D) draws of N(0, I) with which the law is drawn from; None: the means.
 
         Raises:
             MismatchError: the inputs have another size.
@@ -117,9 +122,11 @@ class SteeringActor(DescribedModule):
                 f"this actor sees (B, {self.network.inputs}); it was given {tuple(inputs.shape)}. Use it with the policy and "
                 "the environment that it was trained with."
             )
-        said: Tensor = self.network(inputs[None].to(self.device, torch.float32))[0, :, : self.outputs]
+        said: Tensor = self.network(inputs[None].to(self.device, torch.float32))[0]
         if self.config.law == "squashed":
-            return limits.to(said) * torch.tanh(said)
+            mean, log_std = parameters(said)
+            raw = mean if noise is None else mean + log_std.exp() * noise.to(said)
+            return limits.to(said) * torch.tanh(raw)
         raw = said if noise is None else said + self.log_std.exp() * noise.to(said)
         latent = torch.isinf(limits).to(said.device)
         bounded = torch.where(torch.isinf(limits), 0.0, limits).to(said)
@@ -150,7 +157,7 @@ class ActorLatent:
     Attributes:
         actor: the actor.
         space: what its numbers mean.
-        sample: whether a Gaussian law is drawn from; else its mean is taken.
+        sample: whether the actor's law is drawn from; else its mean is taken.
     """
 
     actor: SteeringActor
@@ -200,7 +207,8 @@ def steer_actor(base: BasePolicy, actor: SteeringActor, *, sample: bool | None =
     Args:
         base: the frozen policy that the actor was trained with (driven by the noise policy that it corrects, if it does).
         actor: the actor.
-        sample: whether its latents are drawn; None: a Gaussian law's are (it was trained so, and begins as the prior).
+        sample: whether its latents are drawn (residuals are means); None: a Gaussian law's are (it was trained so, and begins
+            as the prior), a squashed law's are not.
 
     Raises:
         MismatchError: the actor belongs to another frozen policy or another way of denoising, or it corrects a noise policy
@@ -221,6 +229,13 @@ def steer_actor(base: BasePolicy, actor: SteeringActor, *, sample: bool | None =
     latent = ActorLatent(actor, space, drawn) if config.ports != "residual" else None
     edit = ActorResidual(actor, space) if config.ports != "latent" else None
     return SteeredPolicy(base, start=latent, edit=edit, steps=binding.steps, solver=binding.solver)
+
+
+def parameters(outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and log-deviation (..., D), before the squashing, of what a squashed law's network says (..., 2 D)."""
+    mean, spread = outputs.float().chunk(2, -1)
+    low, high = LOG_STD
+    return mean, low + 0.5 * (high - low) * (torch.tanh(spread + MIDDLE) + 1)
 
 
 def seen_by_actor(policy: BasePolicy, context: SteeringContext) -> Tensor:
