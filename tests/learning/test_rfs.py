@@ -117,7 +117,7 @@ def test_the_divergence_is_that_of_gaussians() -> None:
 
 def test_steps_are_as_long_as_the_divergence_lets_them() -> None:
     def moved(desired: float) -> tuple[float, Tensor]:
-        learner = make([0, 1], residual_std=0.02, learning_rate=0.03, epochs=10, desired_divergence=desired)
+        learner = make([0, 1], learning_rate=0.1, epochs=10, desired_divergence=desired)
         numbers = [learner.update(rollout(learner, turns=32)) for _ in range(8)]
         return float(torch.stack([one["divergence"] for one in numbers[-3:]]).mean()), learner.pace
 
@@ -127,6 +127,20 @@ def test_steps_are_as_long_as_the_divergence_lets_them() -> None:
     assert free > 10 * held
     assert held < 0.2
     assert bool((pace < 1).all())
+
+
+def test_a_step_moves_a_residual_as_far_in_nats_as_a_latent() -> None:
+    """Otherwise a residual with a deviation of 0.08 takes nearly all of the divergence that an update is allowed."""
+    learner = make([0, 1], epochs=1, minibatches=1)
+    before = learner.log_std.detach().clone()
+    learner.update(rollout(learner, turns=64))
+    seen = torch.randn(2, 500, 4)
+    mean = learner.mean(seen)
+    nats = torch.stack(
+        [divergence_of(mean[..., [i]], before[..., [i]], 0 * mean[..., [i]], before[..., [i]]).mean() for i in range(5)]
+    )
+    assert nats.min() > nats.max() / 20
+    torch.testing.assert_close(learner.acting(1)(seen[1:]), mean[1:])
 
 
 def test_a_seed_learns_the_same_alone_and_beside_others() -> None:

@@ -374,8 +374,7 @@ class RFSAgent(Agent):
 
     def artefact(self, index: int, decision: int) -> SteeringActor:
         """Return a seed's actor."""
-        part, size = self.learner.policy.part(index, 1), self.config.size_at(decision)
-        actor = actor_of(self.space, part, "gaussian", size)
+        actor = actor_of(self.space, self.learner.acting(index), "gaussian", self.config.size_at(decision))
         actor.log_std.copy_(self.learner.log_std.detach()[index, 0])
         return actor
 

@@ -205,10 +205,16 @@ class RFSLearner(Resumable):
         start[..., latent:] = math.log(config.residual_std)
         self._modules = nn.ModuleDict({"policy": self.policy, "value": self.value})
         self._modules.register_parameter("log_std", nn.Parameter(start))
+        units = torch.ones(self.size)
+        units[latent:] = config.residual_std
         self._modules.register_buffer("pace", torch.ones(count))
+        self._modules.register_buffer("units", units)
         self._modules.to(self.device)
         self.log_std: Tensor = self._modules.log_std  # type: ignore[assignment]
         self.pace: Tensor = self._modules.pace  # type: ignore[assignment]  # (S,) of a learning rate's step, what is taken
+        # (D,) of what the network says: a residual's mean in deviations of its start, so that a step moves it as far, in nats, as
+        # the latent's mean. Otherwise the residual takes the whole divergence that an update is allowed.
+        self.units: Tensor = self._modules.units  # type: ignore[assignment]
         self._optimiser = torch.optim.Adam(
             [
                 {"params": [*self.policy.parameters(), self.log_std], "lr": config.learning_rate},
@@ -218,6 +224,19 @@ class RFSLearner(Resumable):
         )
         self._rngs = [generator(child_seed(seed, self.name), self.device) for seed in self.seeds]
 
+    def mean(self, observations: Tensor) -> Tensor:
+        """Return the means (S, ..., D) for observations (S, ..., F), before the residual's squashing."""
+        said: Tensor = self.policy(observations)
+        return said * self.units
+
+    def acting(self, index: int) -> StackedMLP:
+        """Return a copy of a seed's policy that says means in their own units."""
+        part = self.policy.part(index, 1)
+        with torch.no_grad():
+            for one in (part.weights[-1], part.biases[-1]):
+                one.mul_(self.units)
+        return part
+
     def executed(self, raw: Tensor, size: float = 1.0) -> Tensor:
         """Return actions (..., D) of what was drawn: the latent as it is, the residual squashed into its bounds, times `size`."""
         residual = size * self.limits * torch.tanh(raw[..., self.latent :])
@@ -226,7 +245,7 @@ class RFSLearner(Resumable):
     @torch.no_grad()
     def act(self, observations: Tensor, *, explore: bool = True) -> tuple[Tensor, Tensor]:
         """Return what is drawn (S, E, D) for observations (S, E, F), and its log-density (S, E)."""
-        mean = self.policy(observations)
+        mean = self.mean(observations)
         shape = (observations.shape[1], self.size)
         noise = [torch.randn(shape, generator=rng, device=self.device) * float(explore) for rng in self._rngs]
         raw = mean + self.log_std.exp() * torch.stack(noise)
@@ -247,7 +266,7 @@ class RFSLearner(Resumable):
             now, later = (one.view(shape).transpose(0, 1) for one in (values, following))
             advantage = flat(advantages(rollout.rewards, rollout.discounts, rollout.done, now, later, config.gae))
             targets = advantage + values
-            first_mean, first_log_std = self.policy(seen), self.log_std.detach().clone()
+            first_mean, first_log_std = self.mean(seen), self.log_std.detach().clone()
             scaled = (advantage - advantage.mean(1, keepdim=True)) / (advantage.std(1, keepdim=True) + 1e-8)
         raw, before = flat(rollout.raw), flat(rollout.densities)
         count = seen.shape[1]
@@ -256,7 +275,7 @@ class RFSLearner(Resumable):
         for _ in range(config.epochs):
             order = torch.stack([torch.randperm(count, generator=rng, device=self.device) for rng in self._rngs])
             for chosen in order.chunk(min(config.minibatches, count), 1):
-                mean = self.policy(seen[rows, chosen])
+                mean = self.mean(seen[rows, chosen])
                 density = density_of(mean, self.log_std, raw[rows, chosen])
                 acting = policy_loss(density, before[rows, chosen], scaled[rows, chosen], config.clip)
                 judging = (self.value(seen[rows, chosen])[..., 0] - targets[rows, chosen]).square().mean(1)
