@@ -462,40 +462,13 @@ class TestTaught:
         assert (early - told).mean().item() == pytest.approx(0, abs=0.2)
         assert 0.1 < (early - told).std().item() < 0.6
 
-    def test_it_drives_its_share_of_the_episodes(
-        self, world: None, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Whole ones, every other of each environment, the environments taking turns; what it did is learned from."""
-        regressor, driven, which = ChunkRegressor.load(sources["noise_policy"]), [], []
-
-        def seen(self: Any, rows: Any, decision: int) -> torch.Tensor:
-            made = original(self, rows, decision)
-            said = regressor(rows.shown).detach().flatten(1)
-            driven.append(torch.isclose(made, said, atol=1e-5).all(1).tolist())
-            which.append([(episode + row % 2) % 2 == 1 for row, episode in enumerate(rows.episodes)])
-            return made
-
-        original = agents.OffPolicyAgent.act
-        monkeypatch.setattr(agents.OffPolicyAgent, "act", seen)
-        config = replace(self.CONFIG, warmup=4)
-        settings = replace(self.SETTINGS, teacher_drives=0.5, num_envs=2)
-        train("dsrl", tmp_path / "run", settings, config=config, **sources)
-        assert driven[4:] == which[4:]
-        assert not any(any(one) for one in driven[:2])
-        assert {sum(one) for one in which} > {2}  # environments' episodes end at different times
-
-    @pytest.mark.parametrize(("every", "share"), [(0, 0.0), (8, 0.0), (8, 0.5)])
+    @pytest.mark.parametrize("every", [0, 8])
     def test_one_that_was_killed_goes_on_with_the_same_numbers(
-        self,
-        every: int,
-        share: float,
-        world: None,
-        sources: dict[str, Path],
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
+        self, every: int, world: None, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        settings = replace(self.SETTINGS, reteach_every=every, teacher_drives=share)
-        run = partial(train, "dsrl", settings=settings, config=self.CONFIG, **sources)
+        run = partial(
+            train, "dsrl", settings=replace(self.SETTINGS, reteach_every=every), config=self.CONFIG, **sources
+        )
         taught: list[int] = []
         original = Teachers.teach_again
 
@@ -528,8 +501,6 @@ class TestTaught:
             train("dsrl", out, run, config=replace(CONFIGS["dsrl"], imitation=0), **sources)
         with pytest.raises(InvalidInputError, match="reteach_every is 8"):
             train("dsrl", out, replace(run, reteach_every=8), **sources)
-        with pytest.raises(InvalidInputError, match=r"teacher_drives is 0.5"):
-            train("dsrl", out, replace(run, teacher_drives=0.5), **sources)
         for name in ("dsrl", "residual"):
             with pytest.raises(InvalidInputError, match="there is none"):
                 train(name, out, run, config=replace(CONFIGS[name], bc_from="teacher"))

@@ -182,11 +182,6 @@ def _check_sources(
             f"reteach_every is {settings.reteach_every}, and no noise policy is imitated that could be distilled again. "
             "Give dsrl a noise policy and bc_from 'teacher', or leave it at 0."
         )
-    if settings.teacher_drives and (isinstance(config, RFSConfig) or config.bc_from != "teacher"):
-        raise InvalidInputError(
-            f"teacher_drives is {settings.teacher_drives}, and there is no noise policy that could drive. Give dsrl one and "
-            "bc_from 'teacher', or leave it at 0."
-        )
     if None not in (prefill_from, record_to) and Path(str(prefill_from)).resolve() == Path(str(record_to)).resolve():
         raise InvalidInputError(
             f"{record_to} is to be recorded to, and the replay begins with what it holds: after an interruption that would be "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -176,17 +175,7 @@ class OffPolicyAgent(Agent):
             steered = own.to(self.device).clamp(-limits, limits).unflatten(0, (seeds, streams))
             values = self._values(shown, torch.stack([actions, steered], 2))
             actions = torch.where((values[..., 1] > values[..., 0])[..., None], steered, actions)
-        if self.teachers is not None and self.settings.teacher_drives:
-            driven = torch.tensor(self._driven(rows), device=self.device).view(seeds, streams, 1)
-            limits = self.space.limits.to(self.device)
-            actions = torch.where(driven, self.teachers(shown).clamp(-limits, limits), actions)
         return actions.flatten(0, 1)
-
-    def _driven(self, rows: SteeredRows) -> list[bool]:
-        """Say of every row whether the noise policy drives its present episode: so many, evenly among streams and episodes."""
-        share, streams = self.settings.teacher_drives, self.settings.num_envs
-        turns = [episode + row % streams for row, episode in enumerate(rows.episodes)]
-        return [math.floor((turn + 1) * share) > math.floor(turn * share) for turn in turns]
 
     def _as_the_base(self, decision: int) -> Tensor:
         """Return the base policy's own: latents of the prior, within the bound, and no residual; (S, E, D)."""

@@ -52,8 +52,6 @@ class OnlineRun:
         reasoner_error: of the reasoner that either of these two asks, the probability that its direction is wrong.
         reteach_every: of DSRL that imitates a noise policy: decisions of a seed after which this is distilled again, for each
             seed from the quicker half of its successes so far (`online_teaching.Teachers`); 0: it stays as it was given.
-        teacher_drives: of DSRL that imitates a noise policy: the share of each seed's episodes that this drives itself, so that
-            successes go on coming where the actor follows critics that know little; learned from as all others.
         inversion: how the noise of every step that was executed in those successes is found: "regularised" (the easiest to
             learn), or "exact", where the flow is a large network and gradients through it cost too much.
         particles: of the anchors, noises for each.
@@ -88,7 +86,6 @@ class OnlineRun:
     reasoner: bool = False
     reasoner_error: float = 0.0
     reteach_every: int = 0
-    teacher_drives: float = 0.0
     inversion: Literal["regularised", "exact"] = "regularised"
     particles: int = 8
     spread: float = 0.5
@@ -104,7 +101,7 @@ class OnlineRun:
         check_numbers(
             self, or_zero=("first", "reteach_every", "start_episodes", "evaluate_every", "episodes", "final_episodes")
         )
-        SHARE.check_all(self, "reasoner_error", "teacher_drives")
+        SHARE.check_all(self, "reasoner_error")
         check_name("reward", self.reward, RewardKind)
         check_name("steering ports", self.ports, Ports)
         check_name("inversion", self.inversion, Literal["regularised", "exact"])
