@@ -394,8 +394,15 @@ class TestOnline:
         assert drawn["settings"] == {**mean["settings"], "drawn": True}
         # The deviation before the squashing is 1 in an actor that has learned nothing: noises are larger than its mean's.
         assert drawn["diagnostics"]["noise_percentile"] > mean["diagnostics"]["noise_percentile"]
+        few = ("--drawn", "--episodes", "1", "--num-envs", "1")
+        assert "needs an actor" in failure(capsys, "eval", TASK, "--steer", "actor", *few)
+        residual = ActorConfig(ports="residual", residual_bound=(0.1,) * 5, hidden=(8,))
+        other_space = residual.space(prior, 5, "euler")
+        made = SteeringActor(residual, 28, other_space.size, binding_of(prior, 5)).requires_grad_(False)
+        path = made.save(tmp_path / "residual")
+        assert "no latents to draw" in failure(capsys, "eval", TASK, "--steer", "actor", "--noise-policy", path, *few)
         for other in ("frs", "base"):
-            message = failure(capsys, "eval", TASK, "--steer", other, "--drawn", "--episodes", "1", "--num-envs", "1")
+            message = failure(capsys, "eval", TASK, "--steer", other, *few)
             assert f"only an actor's latents can be drawn from its law; the method is '{other}'" in message
 
     def test_an_actor_is_asked_for_and_not_there(self, capsys: pytest.CaptureFixture[str]) -> None:

@@ -157,7 +157,7 @@ def our_ppo(steps: int) -> list[list[float]]:
     def acting(index: int) -> Act:
         def act(seen: Actions) -> Actions:
             with torch.no_grad():
-                actions: Actions = learner.policy(torch.from_numpy(seen).expand(len(SEEDS), -1, -1))[index].numpy()
+                actions: Actions = learner.mean(torch.from_numpy(seen).expand(len(SEEDS), -1, -1))[index].numpy()
             return actions
 
         return act

@@ -103,15 +103,15 @@ class Arguments:
     """Run the benchmark of online reinforcement learning."""
 
     stages: tuple[Stage, ...] = STAGES
-    """references: base, FRS and DSBC; works: where FRS works; hardly: from a single success; draws: what both have learned, with
-    latents drawn as in training; rfs: with its ablations; offline: RFS from corrections; variants: SAC against noise aliasing;
-    bounds and shapes: of the latent; probe: steerability."""
+    """references: base, FRS and DSBC; works: where FRS works; hardly: from a single success; draws: what DSRL + FRS has learned
+    there, by its means and with latents drawn as in training; rfs: with its ablations; offline: RFS from corrections; variants:
+    SAC against noise aliasing; bounds and shapes: of the latent; probe: steerability."""
     tasks: tuple[str, ...] = ()
     """Run the stages of a table for these tasks alone."""
     methods: tuple[str, ...] = ()
     """And for these methods, by their names in the table; none: for all."""
     decisions: int = DECISIONS
-    """Chunks of each seed; the sweeps have fewer, RFS more."""
+    """Chunks of each seed; the sweeps have fewer, RFS and rows that name their own more."""
     episodes: int = 10
     """Of an evaluation on the way, each seed."""
     final_episodes: int = 50
@@ -396,23 +396,28 @@ def steerabilities(job: Job) -> None:
 
 
 def draws(job: Job) -> None:
-    """Let what DSRL + FRS has learned draw its latents, as it did in training; of the runs that are still there."""
+    """Let what DSRL + FRS has learned act by its means, and draw its latents, in the same episodes; of runs still there."""
     episodes = job.arguments.final_episodes
     for stage in ("works", "hardly"):
         for task in job.tasks(tuple(dict.fromkeys((*WORKS, *HARDLY)))):
             for path in sorted((RESULTS / stage).glob(f"{short(task)}-DSRL-+-FRS*.json")):
                 content = json.loads(path.read_text())
                 actors = sorted((RUNS / stage / path.stem).glob("seed-*/checkpoints/actor.safetensors"))
-                if "drawn" in content or len(actors) != len(content["curves"]):
+                learned = [SteeringActor.load(actor) for actor in actors]
+                ended = [points[-1]["decisions"] for points in content["curves"].values()]
+                wanted = not job.arguments.methods or content["label"] in job.arguments.methods
+                if not wanted or "drawn" in content or [one.provenance["decisions"] for one in learned] != ended:
                     continue
                 job.console.log(f"draws: {task}, {content['label']}")
-                prior, found = load_prior(task), []
+                prior = load_prior(task)
+                found: dict[str, list[Any]] = {"mean": [], "drawn": []}
                 with open_env(task, episodes) as env:
-                    for index, actor in enumerate(actors):
-                        learned = SteeringActor.load(actor)
-                        rate = evaluate(env, prior, "actor", episodes, index, learned=learned, drawn=True).rate
-                        found.append(rate.to_json())
-                write_json(path, {**content, "drawn": found})
+                    for index, actor in enumerate(learned):
+                        for name in found:
+                            drawn = name == "drawn"
+                            result = evaluate(env, prior, "actor", episodes, index, learned=actor, drawn=drawn)
+                            found[name].append(result.rate.to_json())
+                write_json(path, {**content, **found})
 
 
 RUN: dict[str, Callable[[Job], None]] = {
@@ -466,7 +471,7 @@ def report() -> None:
                 alone = results_of("works").get(task, {})
                 methods.update({label: alone[label] for label in ("DSRL",) if label in alone})
         drawing = any("drawn" in content for methods in found.values() for content in methods.values())
-        heads = ["task", "method", "success at the end", *(["latents drawn"] if drawing else [])]
+        heads = ["task", "method", "success at the end", *(["mean, drawn"] if drawing else [])]
         heads += ["environment steps a seed", "seconds, all seeds"]
         lines = ["| " + " | ".join(heads) + " |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
         for task, methods in found.items():
@@ -491,11 +496,12 @@ def report() -> None:
 
 
 def drawn_rate(content: Mapping[str, Any]) -> str:
-    """Write the success of drawn latents, all seeds' episodes together; nothing where it was not measured."""
-    rates = content.get("drawn", [])
-    if not rates:
-        return ""
-    return cell(SuccessRate(sum(one["successes"] for one in rates), sum(one["episodes"] for one in rates)))
+    """Write the success of means and of drawn latents, all seeds' episodes together; nothing where it was not measured."""
+    return ", ".join(
+        cell(SuccessRate(sum(one["successes"] for one in content[name]), sum(one["episodes"] for one in content[name])))
+        for name in ("mean", "drawn")
+        if content.get(name)
+    )
 
 
 def summary(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:

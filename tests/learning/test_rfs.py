@@ -140,7 +140,13 @@ def test_a_step_moves_a_residual_as_far_in_nats_as_a_latent() -> None:
         [divergence_of(mean[..., [i]], before[..., [i]], 0 * mean[..., [i]], before[..., [i]]).mean() for i in range(5)]
     )
     assert nats.min() > nats.max() / 20
-    torch.testing.assert_close(learner.acting(1)(seen[1:]), mean[1:])
+    torch.testing.assert_close(learner.part(1)(seen[1:]), mean[1:])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_is_kept_of_a_seed_learned_on_a_gpu() -> None:
+    learner = RFSLearner(4, 3, LIMITS, RFSConfig(**SMALL), [0, 1], "cuda")
+    assert learner.part(0)(torch.randn(1, 5, 4)).shape == (1, 5, 5)
 
 
 def test_a_seed_learns_the_same_alone_and_beside_others() -> None:

@@ -279,7 +279,8 @@ def evaluate(
 
     Raises:
         MismatchError: policy, environment and what was learned don't fit.
-        InvalidInputError: a number is out of range, or nothing was given for a method that needs something learned.
+        InvalidInputError: a number is out of range, or nothing was given for a method that needs something learned, or latents
+            are to be drawn where no actor decides on them.
     """
     check_episodes(episodes)
     Range(0, episodes - 1, integer=True).check("first", first)
@@ -344,17 +345,20 @@ def steered_by(
         InvalidInputError: a setting is out of range, or nothing was given for a method that needs something learned, or latents
             are to be drawn where no actor decides on them.
     """
-    if drawn and not (method == ACTOR and isinstance(learned, SteeringActor) and learned.config.ports != "residual"):
+    if drawn and method != ACTOR:
         raise InvalidInputError(
-            f"only an actor's latents can be drawn from its law; the method is {method!r}"
-            f"{' with an actor of residuals' if method == ACTOR and learned is not None else ''}. Leave out --drawn, or use "
-            "--steer actor with what 'counterflow train dsrl' made."
+            f"only an actor's latents can be drawn from its law; the method is {method!r}. Leave out --drawn, or use --steer "
+            "actor with what 'counterflow train dsrl' made."
         )
     if method == ACTOR:
         if not isinstance(learned, SteeringActor):
             raise InvalidInputError(
                 "'actor' needs an actor, and none was given. Train one: 'counterflow train dsrl', 'residual' or 'rfs', and pass "
                 "it with --noise-policy."
+            )
+        if drawn and learned.config.ports == "residual":
+            raise InvalidInputError(
+                "this actor decides on residuals alone, and has no latents to draw. Leave out --drawn."
             )
         return steer_actor(policy, learned, sample=drawn or None)
     if method == ANCHORS:

@@ -374,7 +374,7 @@ class RFSAgent(Agent):
 
     def artefact(self, index: int, decision: int) -> SteeringActor:
         """Return a seed's actor."""
-        actor = actor_of(self.space, self.learner.acting(index), "gaussian", self.config.size_at(decision))
+        actor = actor_of(self.space, self.learner.part(index), "gaussian", self.config.size_at(decision))
         actor.log_std.copy_(self.learner.log_std.detach()[index, 0])
         return actor
 
@@ -455,7 +455,11 @@ def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class PriorLatent:
-    """A start: coefficients of the prior's law within the bound, in the latent's shape: what a learner begins with."""
+    """A start: coefficients within the bound, in the latent's shape, each by the law of the prior's own numbers.
+
+    Of a Gaussian prior that is what a learner begins with. (Of a uniform one, whose latents nobody learns, low-rank noise has the
+    prior's spread, and not its law.)
+    """
 
     space: SteeringSpace
 

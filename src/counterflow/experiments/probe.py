@@ -4,7 +4,7 @@ Four questions, each of a few episodes or of no more than the states that they v
 
     noise       how much success depends on the noise: some draws, each held fixed for whole episodes
     residual    how much random residual it tolerates: Gaussian, on every action, by its deviation
-    latent      which latent shapes keep the base policy's success under N(0, I) coefficients
+    latent      which latent shapes keep the base policy's success under coefficients drawn as the prior's noise
     reach       how much of a reference's motion comes out of reversing and denoising it, by the noise bound
 
 From the answers: a noise bound, a latent shape, a residual deviation to begin with.
@@ -57,7 +57,7 @@ class Steerability:
         base: the policy's own success.
         fixed: success with each noise held fixed.
         residual: success by the deviation of a random residual, units of the environment's actions.
-        shapes: success by latent shape, under N(0, I) coefficients.
+        shapes: success by latent shape, under coefficients drawn as the prior's noise.
         reach: by noise bound (infinite: none) the mean share of a reference's motion that comes out, over six directions.
         bound: recommended.
         latent: recommended.

@@ -52,7 +52,8 @@ class RFSConfig:
         activation: of both networks.
         value_weight: of the value's loss.
         entropy_weight: of the entropy's bonus.
-        residual_std: deviation of the residual at the start, in units of its bound (0.08 was healthy, 0.37 destroyed one base).
+        residual_std: deviation of the residual at the start, in units of its bound (0.08 was healthy, 0.37 destroyed one base);
+            the network says the residual's mean in units of it, so it is the size of a step, too.
         desired_divergence: of the policy after an update from before, KL in nats; each seed's steps become shorter or longer so
             that it comes near (as in rsl_rl, a minibatch at a time); 0: steps are the learning rate's. With a residual whose
             deviation is small a step of the mean is many deviations, which clipping does not hold.
@@ -229,12 +230,12 @@ class RFSLearner(Resumable):
         said: Tensor = self.policy(observations)
         return said * self.units
 
-    def acting(self, index: int) -> StackedMLP:
+    def part(self, index: int) -> StackedMLP:
         """Return a copy of a seed's policy that says means in their own units."""
         part = self.policy.part(index, 1)
         with torch.no_grad():
             for one in (part.weights[-1], part.biases[-1]):
-                one.mul_(self.units)
+                one.mul_(self.units.to(one.device))
         return part
 
     def executed(self, raw: Tensor, size: float = 1.0) -> Tensor:
