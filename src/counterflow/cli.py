@@ -130,8 +130,7 @@ class Eval:
     corrects: Path | None = None
     """Of --steer actor, the noise policy that the actor corrects ('counterflow train corrections --noise-policy')."""
     drawn: bool = False
-    """Of --steer actor, draw its latents from its law, as in training; else a SAC actor's mean acts, which may get stuck where a
-    draw would come loose."""
+    """Of --steer actor, draw its latents from its law, as in training; else a SAC actor's mean acts."""
     num_envs: int | None = None
     """Environments stepped side by side; the result does not depend on it."""
     device: str = "cpu"
