@@ -201,6 +201,7 @@ def measure_online(one: Online, device: str, turns: int | None, *, smoke: bool) 
         start_episodes=0,
     )
     clock, marks = Clock(device), []
+    torch.compiler.reset()  # or the next setting's losses are versions too many of the one before, and run uncompiled
 
     def mark(progress: OnlineProgress) -> None:
         ledger = progress.ledger
