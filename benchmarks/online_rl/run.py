@@ -57,6 +57,8 @@ DEGRADED = {
     "ogbench/puzzle-3x3-task1": ReasonerSettings(error=0.75),
 }
 HARDLY = tuple(DEGRADED)
+# K, of FRS and of every latent that is learned there, where it is not 5: on what the generalist never saw it needs more.
+REVERSALS: dict[str, int] = {}
 ONE_TAUGHT = "DSBC, one success"
 # Where 1,500 decisions are 37 episodes of a seed, of which one of three holds no success to go on from.
 LONGER = {"ogbench/cube-single-task4": 3_000}
@@ -151,18 +153,25 @@ def main() -> None:
 
 
 def short(task: str) -> str:
-    """Return a task's name without its benchmark."""
-    return task.split("/")[1]
+    """Return a task's name without its benchmark and suite."""
+    return task.split("/")[-1]
+
+
+def reversals(task: str) -> int:
+    """Return K."""
+    return REVERSALS.get(task, OnlineRun().steps)
 
 
 def recording(task: str, method: str, successes: int, reasoner: ReasonerSettings | None = None) -> Path:
     """Return the folder of a task's rollouts, recorded as far as they are missing."""
     out = DATA / (method if reasoner is None else f"{method}-error-{reasoner.error:g}") / short(task)
+    # Noises of other steps would be other noises.
+    settings = MethodSettings(steps=reversals(task), reversal_steps=reversals(task))
     if method == "base":
-        steps = MethodSettings(steps=OnlineRun().steps)  # noises of other steps would be other noises
-        record(task, "base", out, episodes=successes, settings=steps, every_step=False)
+        record(task, "base", out, episodes=successes, settings=settings, every_step=False)
     else:
-        record(task, method, out, successes=successes, reasoner=reasoner, max_episodes=50 * successes + 100)
+        most = 50 * successes + 100
+        record(task, method, out, successes=successes, reasoner=reasoner, settings=settings, max_episodes=most)
     return out
 
 
@@ -199,6 +208,7 @@ def trained(
         episodes=arguments.episodes,
         final_episodes=arguments.final_episodes,
         evaluate_every=arguments.decisions // EVALUATIONS,
+        steps=reversals(task),
     )
     settings = replace(settings, **changes)
     job.console.log(f"{stage}: {task}, {label}")
@@ -249,7 +259,9 @@ def references(job: Job) -> None:
                     result = evaluate(env, prior, "dsbc", episodes, 0, learned=learned)
                 else:
                     reasoner = DEGRADED[task] if name == "FRS, degraded" else ERRING
-                    result = evaluate(env, prior, "base" if name == "base" else "frs", episodes, 0, reasoner=reasoner)
+                    method = "base" if name == "base" else "frs"
+                    steered = MethodSettings(reversal_steps=reversals(task))
+                    result = evaluate(env, prior, method, episodes, 0, reasoner=reasoner, settings=steered)
                 content = result.to_json()
                 found[name] = {key: content[key] for key in content if key != "outcomes"}
                 write_json(path, found)
