@@ -29,6 +29,8 @@ SETTINGS = SuiteSettings(
     reversals=(20, 80),
     taus=(0.9,),
     candidates=(16,),
+    # K = 80 at every decision of a noise policy, and in every inversion, is eight times this.
+    noise_steps=10,
     decisions=750,
 )
 DIFFERS = Differs(

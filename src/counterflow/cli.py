@@ -203,6 +203,8 @@ class Record:
     inversion: Literal["regularised", "exact"] = "regularised"
     """How that noise is found. regularised: a small one that comes near what was executed, far easier to learn; exact: the
     one that gives it exactly."""
+    noise_steps: int | None = None
+    """The steps in which noises that are kept will be denoised, found by inversion; default: those of the method."""
     policy: str | None = None
     """A checkpoint, a run folder, or lerobot: and a hub id or folder; default: the shipped prior of the task's family."""
     noise_policy: Path | None = None
@@ -245,6 +247,7 @@ class Record:
                 max_episodes=self.max_episodes,
                 every_step=self.every_step,
                 inversion=self.inversion,
+                noise_steps=self.noise_steps,
                 learned=load_learned(self.steer, self.noise_policy, self.device),
                 device=self.device,
                 on_episode=show,

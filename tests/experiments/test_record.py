@@ -277,6 +277,27 @@ class TestMethods:
         dataset = SteeringDataset.load(tmp_path / "actor")
         assert next(iter(dataset.sources.values()))["learned"] == actor_of(ports).fingerprint
 
+    def test_noises_for_other_steps_than_the_methods(self, patched: None, tmp_path: Path) -> None:
+        """FRS in five steps; its noises, of decisions and of steps, give in eight what was done, and in five they don't."""
+        made = make(tmp_path, successes=1, max_episodes=1, inversion="exact", noise_steps=8)
+        dataset = SteeringDataset.load(made.path)
+        (episode,), (provenance,) = dataset.episodes, dataset.sources.values()
+        assert dataset.binding == binding_of(load("cube-single"), 8)
+        assert (provenance["settings"]["reversal_steps"], provenance["noise_steps"]) == (5, 8)
+        assert provenance["every_step"]["steps"] == 8
+        arrays, valid = episode.arrays, episode.arrays["step_noise_valid"]
+        assert valid.mean() > 0.9
+        for observations, noise, chunks in (
+            (arrays["observations"], arrays["noise"], arrays["chunks"]),
+            (arrays["step_observations"][valid], arrays["step_noise"][valid], arrays["step_chunks"][valid].clip(-1, 1)),
+        ):
+            np.testing.assert_allclose(redenoised(observations, noise, 8), chunks, atol=0.02)
+            assert np.abs(redenoised(observations, noise, 5) - chunks).max() > 0.05
+
+    def test_the_methods_own_steps_said_aloud(self, short: None, tmp_path: Path) -> None:
+        one, two = (failed(tmp_path / str(steps), "frs", noise_steps=steps)[0] for steps in (None, 5))
+        np.testing.assert_array_equal(one.arrays["noise"], two.arrays["noise"])
+
     def test_what_is_learned_is_needed_and_must_fit(self, short: None, tmp_path: Path) -> None:
         with pytest.raises(InvalidInputError, match="needs an actor"):
             make(tmp_path / "none", "actor")
@@ -321,6 +342,7 @@ class TestGivingUp:
             ({"successes": 0}, "successes is 0; expected an integer of at least 1"),
             ({"successes": 3, "max_episodes": 2}, "at least as many as successes, 3"),
             ({"seed": -1}, "seed is -1"),
+            ({"noise_steps": 0}, "steps"),
         ],
     )
     def test_numbers_out_of_range(self, changes: dict[str, Any], words: str, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from counterflow.experiments.sight import check_on_states, looks
 from counterflow.policies import BasePolicy
 from counterflow.random import check_seed, child_seed
 from counterflow.steering import MethodSettings, binding_of
+from counterflow.steering.steered import check_steps
 
 SMALLEST_WAVE = 8  # episodes; fewer would leave the environments idle
 
@@ -71,6 +72,7 @@ def record(
     max_episodes: int | None = None,
     every_step: bool = True,
     inversion: Literal["regularised", "exact"] = "regularised",
+    noise_steps: int | None = None,
     learned: Learned | None = None,
     device: str = "cpu",
     on_episode: Callable[[Episode, int], None] | None = None,
@@ -80,8 +82,8 @@ def record(
     Which episodes are recorded depends on the arguments alone, not on the number of environments or on interruptions. Every
     episode is on disk as soon as it is over. The noise that is kept with each chunk gives that chunk when it is denoised: for
     "frs", "base", "rank", "dsbc", "anchors" and an actor of latents it is the one that was used; for the others, whose chunks did
-    not come from a noise at t = 0 or were edited, it is found by exact inversion. Where a chunk was edited, `base_noise` and
-    `base_chunks` hold where the flow started and what it gave.
+    not come from a noise at t = 0 or were edited, and for other `noise_steps` than the method's it is found by exact inversion.
+    Where a chunk was edited, `base_noise` and `base_chunks` hold where the flow started and what it gave.
 
     Args:
         env: the task.
@@ -99,6 +101,8 @@ def record(
             many more examples as a chunk has actions, for one inversion an episode. Not of a policy that looks through cameras,
             whose pictures are drawn where it decides: a recording keeps its features of them.
         inversion: how that noise is found (`InversionSettings`).
+        noise_steps: the Euler steps in which the noises that are kept will be denoised; None: the method's own. For others every
+            noise is found by inversion: FRS may want more steps than what learns from it can pay for at every decision.
         learned: the noise policy of "dsbc", the action policy of "bc", the actor of "actor", or critics and anchors.
         device: where the policy computes.
         on_episode: called with each finished episode and the number of successes so far.
@@ -125,15 +129,18 @@ def record(
         )
     steered = steered_by(prior, method, settings, learned)
     has_noise = method in ("frs", "base", "rank") or (learned is not None and not steered.edits)
+    # An actor's chunks come of the flow that it was trained with, edited or not.
+    own_steps = steered.steps if has_noise or method == ACTOR else settings.steps
+    binding = binding_of(prior, own_steps, steered.solver)
+    if noise_steps is not None:
+        check_steps(noise_steps)
+        binding = binding_of(prior, noise_steps)
+        has_noise = has_noise and (binding.steps, binding.solver) == (own_steps, steered.solver)
     if not has_noise:
-        hint = "Record with 'frs', 'base', 'rank' or 'dsbc'."
+        hint = "Record with 'frs', 'base', 'rank' or 'dsbc', and their own steps."
         check_on_states(prior, f"the noise of the chunks of {method!r} is found by inversion", hint)
     every_step = every_step and not looks(prior)
     asked = asks(method, learned)
-    own_steps = (
-        has_noise or method == ACTOR
-    )  # an actor's chunks come of the flow that it was trained with, edited or not
-    binding = binding_of(prior, steered.steps if own_steps else settings.steps, steered.solver)
     of_steps = InversionSettings.of(inversion, binding.steps)
     provenance = {
         "recording": "steered rollouts",
@@ -147,6 +154,8 @@ def record(
     }
     if learned is not None:
         provenance |= {"learned": learned.fingerprint}
+    if noise_steps is not None:  # noted only there, so that recordings made before go on
+        provenance |= {"noise_steps": noise_steps}
     spec = prior.action_spec
     if spec.past or spec.executed is not None:  # noted only there, so that recordings made before go on
         provenance |= {"past": spec.past, "executed": spec.executed}

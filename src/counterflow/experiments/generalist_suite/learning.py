@@ -45,7 +45,7 @@ def reinforcement(suite: Suite) -> None:
 
 def _alone(suite: Suite, task: str) -> Path:
     """Return the folder of as many rollouts of the generalist alone, denoised in as many steps as the learning's."""
-    steps = suite.chosen(task)["frs"]
+    steps = suite.noise_steps(task)
     out = suite.data / "alone" / f"{slug(task)}-{steps}-{suite.settings.seed}"
     record(
         task,
@@ -97,7 +97,7 @@ def _learn(
         episodes=settings.episodes,
         evaluate_every=every,
         capacity=20_000,
-        steps=suite.chosen(task)["frs"],  # a noise is the same action in as many steps only
+        steps=suite.noise_steps(task),  # a noise is the same action in as many steps only
         **changes,
     )
     suite.log(f"rl: {task}, {label}")

@@ -12,6 +12,7 @@ from counterflow.experiments.generalist import TRAINING
 from counterflow.learning import BCConfig
 from counterflow.policies import GeneralistConfig
 from counterflow.random import check_seed
+from counterflow.steering.steered import check_steps
 
 BOUND = 8.0
 """Of noise policies: of the noises of references that are moved far, up to a third lies beyond the default of 3."""
@@ -47,6 +48,7 @@ class SuiteSettings:
         reversals, taus, candidates: among what K, tau and n are chosen; of equally good ones the first.
         distilled: how many tasks are distilled, at most.
         successes: how many steered successes each is distilled from.
+        noise_steps: denoising steps of noise policies and of what learns online; None: K.
         works, hard: how many tasks reinforcement learning is tried on, of those where FRS works and of the others.
         decisions: of reinforcement learning, for each seed.
         learning_seeds: of reinforcement learning.
@@ -82,6 +84,7 @@ class SuiteSettings:
     candidates: tuple[int, ...] = (16, 4, 8)
     distilled: int = 15
     successes: int = 18
+    noise_steps: int | None = None
     works: int = 6
     hard: int = 3
     decisions: int = 3_000
@@ -96,6 +99,8 @@ class SuiteSettings:
             raise UnknownNameError("family with a split", self.family, ["metaworld", "libero"])
         COUNT.check_all(self, "episodes", "expert_episodes", "demonstrations", "successes",
                         "decisions", "rollouts", "workers")  # fmt: skip
+        if self.noise_steps is not None:
+            check_steps(self.noise_steps)
         SHARE.check_all(self, "low", "regime", "noise")
         check_seed(self.seed)
         for name in ("reversals", "taus", "candidates", "learning_seeds"):

@@ -42,7 +42,9 @@ def zero_shot(suite: Suite) -> None:
 
 def steered_successes(suite: Suite, task: str, successes: int, folder: str = "steered") -> Path | None:
     """Return the folder of a task's FRS rollouts, recorded as far as they are missing; None: too few succeed."""
-    out = suite.data / folder / f"{slug(task)}-{suite.chosen(task)['frs']}-exact-{suite.settings.seed}"
+    steps, noise_steps = suite.chosen(task)["frs"], suite.settings.noise_steps
+    kept = f"{steps}-exact" if noise_steps is None else f"{steps}-exact-{noise_steps}"
+    out = suite.data / folder / f"{slug(task)}-{kept}-{suite.settings.seed}"
     try:
         record(
             task,
@@ -57,6 +59,7 @@ def steered_successes(suite: Suite, task: str, successes: int, folder: str = "st
             num_envs=suite.settings.num_envs,
             max_episodes=MOST_TRIES if successes == 1 else 20 * successes,
             inversion="exact",  # the smallest noise would be searched by gradients through K steps of a transformer
+            noise_steps=noise_steps,
         )
     except DatasetError as error:
         suite.log(f"{task}: {error}")

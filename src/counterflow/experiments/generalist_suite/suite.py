@@ -234,6 +234,11 @@ class Suite:
             (task for task in gains if task not in works), key=lambda task: (gains[task][0] == 0, gains[task][0], task)
         )[: self.settings.hard]
 
+    def noise_steps(self, task: str) -> int:
+        """Return in how many steps the noises that are learned on a task are denoised."""
+        own = self.settings.noise_steps
+        return int(self.chosen(task)["frs"]) if own is None else own
+
     def asked_of_learning(self, task: str, kind: str) -> dict[str, Any]:
         """Return what must agree for a result of reinforcement learning on a task to count.
 
@@ -249,7 +254,7 @@ class Suite:
             "successes": settings.successes if kind == "works" else 1,
             "policy": self.fingerprint,
             "reasoner": self.reasoner.to_json(),
-            "steps": self.chosen(task)["frs"],
+            "steps": self.noise_steps(task),
             "decisions": settings.decisions,
             "seeds": list(settings.learning_seeds),
             "evaluations": EVALUATIONS,
