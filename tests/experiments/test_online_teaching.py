@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,20 @@ def test_a_seed_learns_from_its_own_successes_alone(prior: FlowPolicy, rng: torc
     said = made(shown).mean((1, 2)).tolist()
     assert said[0] == pytest.approx(1, abs=0.2)
     assert 1.2 < said[1] < 1.8  # the quicker two of three: between 2 and 1
+
+
+def test_of_few_that_went_different_ways_all_are_learned(prior: FlowPolicy, rng: torch.Generator) -> None:
+    """None says anything of the others: whoever stops where another is told best has learned a constant."""
+    made, places, noises = teachers(prior), (-1.0, 0.0, 1.0), (2.0, -2.0, 2.0)
+    for index, (place, noise) in enumerate(zip(places, noises, strict=True)):
+        one = success(noise, 80 + index, rng)
+        made.found[0] += [
+            replace(one, shown=place + 0.1 * one.shown),
+            success(0.0, 200, rng),
+        ]  # the slower half is left out
+    made.teach_again(20)
+    said = made(torch.tensor(places)[:, None].expand(2, 3, SEEN))[0].mean(1)
+    torch.testing.assert_close(said, torch.tensor(noises), atol=0.4, rtol=0)
 
 
 def test_every_executed_step_is_an_example_whose_noise_gives_what_was_executed(
