@@ -219,6 +219,24 @@ def test_a_tasks_settings_are_the_best_on_the_others(steered: Suite) -> None:
     assert table["base"][HELD[2]].successes == 3
 
 
+def test_noises_may_have_other_steps_than_steering(steered: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is recorded and what learns online agree on them, and recordings of others are not gone on with."""
+    asked: list[tuple[str, int | None, int]] = []
+
+    def keep(task: str, method: str, out: Path, **given: Any) -> None:
+        asked.append((out.name, given["noise_steps"], given["settings"].reversal_steps))
+
+    monkeypatch.setattr(steering, "record", keep)
+    shorter = Suite(replace(steered.settings, noise_steps=3), steered.folder, lambda _: None)
+    for suite in (steered, shorter):
+        steering.steered_successes(suite, HELD[0], 5)
+    (whole, none, reversals), (short, three, same) = asked
+    assert whole != short
+    assert (none, three, same) == (None, 3, reversals)
+    assert steered.asked_of_learning(HELD[0], "works")["steps"] == steered.noise_steps(HELD[0]) == reversals
+    assert shorter.asked_of_learning(HELD[0], "works")["steps"] == shorter.noise_steps(HELD[0]) == 3
+
+
 def test_settings_are_not_chosen_of_half_a_table(suite: Suite) -> None:
     with pytest.raises(DatasetError, match="'zero_shot'"):
         suite.contenders(HELD[0])
@@ -325,6 +343,7 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
         ({"convention": "papre"}, "convention is 'papre'"),
         ({"reasoner_error": 7}, "reasoner_error is 7"),
         ({"reversals": ()}, "reversals is empty"),
+        ({"noise_steps": 0}, "steps"),
         ({"family": "libero", "expert_episodes": 60}, "at most 50"),
         ({"seed": -1}, "seed"),
     ):
