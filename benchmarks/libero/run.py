@@ -29,9 +29,6 @@ SETTINGS = SuiteSettings(
     reversals=(20, 80),
     taus=(0.9,),
     candidates=(16,),
-    # K = 80 at every decision of a noise policy, and in every inversion, is four times this; in ten steps half of what was
-    # executed has no noise at all.
-    noise_steps=20,
     decisions=750,
 )
 DIFFERS = Differs(
