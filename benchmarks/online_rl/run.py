@@ -68,7 +68,8 @@ REVERSALS = {"libero/90/LIVING_ROOM_SCENE6_put_the_chocolate_pudding_to_the_righ
 ONE_TAUGHT = "DSBC, one success"
 # Where 1,500 decisions are 37 episodes of a seed, of which one of three holds no success to go on from.
 LONGER = {"ogbench/cube-single-task4": 3_000}
-RETAUGHT = 150  # decisions after which a noise policy that began with one success is distilled again
+AGAIN = "DSRL + FRS, distilled again"
+RETAUGHT = 150  # decisions after which a noise policy is distilled again, from what has succeeded since too
 # What is swept begins as the noise policy of twenty successes: in a budget that eleven rows can have, plain DSRL finds too few
 # successes of its own for any setting to show.
 SWEPT = "ogbench/cube-single-task5"
@@ -100,6 +101,7 @@ METHODS = (
     "DSRL",
     "residual",
     "DSRL + FRS",
+    AGAIN,
     "DSRL + FRS, recorded noises",
     "DSRL + FRS, kept in action",
     "anchors + critic",
@@ -314,6 +316,7 @@ def works(job: Job) -> None:
         trained(job, "works", "residual", task, "residual", online_preset("residual", "small"), base)
         trained(job, "works", "DSRL", task, "dsrl", plain_dsrl())
         trained(job, "works", "DSRL + FRS", task, "dsrl", both, steered, shown_by)
+        trained(job, "works", AGAIN, task, "dsrl", both, steered, shown_by, reteach_every=RETAUGHT)
         trained(job, "works", "DSRL + FRS, recorded noises", task, "dsrl", recorded, steered, **shown)
         trained(
             job,
@@ -341,14 +344,13 @@ def hardly(job: Job) -> None:
         changes: dict[str, Any] = {"successes_only": True, "first": 1}
         teaching = distilled(task, one=True)
         trained(job, "hardly", "DSRL + FRS", task, "dsrl", both, one, teaching, **changes)
-        again = "DSRL + FRS, distilled again"
-        trained(job, "hardly", again, task, "dsrl", both, one, teaching, reteach_every=RETAUGHT, **changes)
+        trained(job, "hardly", AGAIN, task, "dsrl", both, one, teaching, reteach_every=RETAUGHT, **changes)
         if task in LONGER:
             longer: dict[str, Any] = {"decisions": LONGER[task], "evaluate_every": LONGER[task] // EVALUATIONS}
             trained(job, "hardly", f"DSRL, {LONGER[task]:,} decisions", task, "dsrl", plain_dsrl(), **longer)
-            again += f", {LONGER[task]:,} decisions"
             changes |= {"reteach_every": RETAUGHT, **longer}
-            trained(job, "hardly", again, task, "dsrl", both, one, teaching, **changes)
+            label = f"{AGAIN}, {LONGER[task]:,} decisions"
+            trained(job, "hardly", label, task, "dsrl", both, one, teaching, **changes)
 
 
 def rfs(job: Job) -> None:
