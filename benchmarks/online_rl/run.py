@@ -15,10 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 import tyro
 from rich.console import Console
 
+from counterflow.data.npz import save_npz
 from counterflow.experiments.corrections import CorrectionsRun, train_corrections
 from counterflow.experiments.dagger import dagger
 from counterflow.experiments.demonstrate import demonstrate
@@ -78,10 +80,12 @@ UNCHANGED = f"sac, full, bound {SHOWN_BOUND:g}"  # the row that the three sweeps
 # RFS learns from what it does itself. From a sparse reward it learned nothing here in 8,000 decisions; Meta-World's is dense.
 RFS_DECISIONS = {"metaworld/door-close-v3": 30_000, "metaworld/reach-v3": 20_000}
 RFS_TASKS = tuple(RFS_DECISIONS)
-# Metres to the side (x) at which a prior of few demonstrations sees objects and goal: further than its latents alone drive it.
+# A prior of twenty demonstrations without noise, and without what they did along z, that sees everything so many metres along x
+# from where it is: no latent makes it do what it was never shown, and no small residual undoes what it does all the time.
 BESIDE = {"metaworld/reach-v3": 0.1}
-# Where their positions begin in an observation of Meta-World's: the first object's, the same a step before, the goal's.
+# Where positions begin in an observation of Meta-World's: the first object's, the same a step before, the goal's.
 PLACES = (4, 22, 36)
+VERTICAL = 2  # in an action
 # Of an environment's step, eight a decision: with 0.99 the value of a reward between -1 and 0 a step is near -100, and PPO spends
 # this budget on finding that out.
 DENSE_DISCOUNT = 0.95
@@ -175,18 +179,20 @@ def reversals(task: str) -> int:
 
 
 def prior_of(task: str) -> str | None:
-    """Return the policy of a task's own, made if it is missing; None: what is shipped.
-
-    It learned from twenty demonstrations without noise, so that it knows one way, and is out of calibration.
-    """
+    """Return the policy of a task's own (see `BESIDE`), made if it is missing; None: what is shipped."""
     if task not in BESIDE:
         return None
     own = DATA / "policies" / f"{short(task)}-beside-{BESIDE[task]:g}.safetensors"
     if not own.exists():
         demonstrations = DATA / "policies" / f"{short(task)}.npz"
         demonstrate(task, demonstrations, episodes=20, noise=0.0)
+        with np.load(demonstrations) as archive:
+            arrays = dict(archive)
+        arrays["actions"][:, VERTICAL] = 0.0
+        planar = demonstrations.with_stem(f"{demonstrations.stem}-planar")
+        save_npz(planar, arrays)
         few = BCConfig(horizon=8, network=NetworkConfig(width=256), steps=3_000, batch_size=256)
-        policy = load(train_bc(demonstrations, task, RUNS / "policies" / short(task), few).path)
+        policy = load(train_bc(planar, task, RUNS / "policies" / short(task), few).path)
         assert isinstance(policy, FlowPolicy)
         for first in PLACES:
             policy.observation_normaliser.offset[first] += BESIDE[task]  # what is subtracted from what is seen
