@@ -252,6 +252,20 @@ def test_during_a_ramp_what_is_kept_is_what_acts(
     assert sum(one.success for one in found) / len(found) == done.success[1]
 
 
+def test_rfs_latents_within_a_bound_are_kept_with_it(
+    world: None, prior: FlowPolicy, plane: Callable[..., VectorEnv], tmp_path: Path
+) -> None:
+    """What was learned with clipped latents is recorded, evaluated and saved with them."""
+    settings = replace(RUN, bound=0.3, ports="latent")
+    done = train("rfs", tmp_path / "run", settings, record_to=tmp_path / "seen")
+    made = SteeringActor.load(done.folders[1] / "checkpoints" / "actor.safetensors")
+    assert made.config.bound == 0.3
+    noises = SteeringDataset.load(tmp_path / "seen").concatenated(("noise",))["noise"]
+    assert np.abs(noises).max() == pytest.approx(0.3)
+    found = evaluated(prior, "actor", made, plane)
+    assert sum(one.success for one in found) / len(found) == done.success[1]
+
+
 @pytest.mark.parametrize("name", ["anchors", "dsrl"])
 def test_a_reasoner_that_remembers_goes_on_too(
     name: str, world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -584,7 +598,6 @@ def test_a_refused_call_leaves_the_folder_free_for_the_corrected_one(
         (DatasetError, "letter.txt", lambda: train("rfs", out, settings, record_to=tmp_path / "other")),
         (InvalidInputError, "keep_steering", lambda: train("residual", out, replace(settings, keep_steering=True))),
         (UnknownNameError, "scripted reasoner", lambda: train("dsrl", out, replace(settings, keep_steering=True))),
-        (InvalidInputError, "RFS has no noise bound", lambda: train("rfs", out, replace(settings, bound=2.0))),
         (InvalidInputError, "residual_bound", lambda: train("rfs", out, replace(settings, residual_bound=(0.2, 0.0)))),
         (UnknownNameError, "reward", lambda: train("rfs", out, replace(settings, reward="costs"))),  # type: ignore[arg-type]
         (UnknownNameError, "ports", lambda: train("dsrl", out, replace(settings, ports="all"))),  # type: ignore[arg-type]
@@ -784,8 +797,7 @@ class TestStart:
         assert OnlineRun(bound=1.0).space("dsrl", prior, noises).bound == 1.0
         assert OnlineRun().space("dsrl", prior).bound == 1.5
         assert OnlineRun().space("rfs", prior).bound is None
-        with pytest.raises(InvalidInputError, match=r"bound is 1.0.*expected 0"):
-            OnlineRun(bound=1.0).space("rfs", prior)
+        assert OnlineRun(bound=1.0).space("rfs", prior, noises).bound == 1.0
         assert OnlineRun(latent="repeated").space("dsrl", prior).size == 2
 
     def test_a_start_that_is_worse_than_the_base_is_told(

@@ -29,6 +29,9 @@ CONFIGS = {
     "both": ActorConfig(
         "gaussian", "both", None, residual_bound=(0.1, 0.2), hidden=(8, 4), norm="none", activation="elu"
     ),
+    "both, bounded": ActorConfig(
+        "gaussian", "both", 0.7, residual_bound=(0.1, 0.2), hidden=(8, 4), norm="none", activation="elu"
+    ),
 }
 
 
@@ -62,6 +65,16 @@ def test_a_gaussian_actors_latents_are_drawn(policy: FlowPolicy) -> None:
     assert not torch.allclose(*drawn)
     means = [steer_actor(policy, actor, sample=False).act(observation, rng=seed).noise for seed in (0, 1)]
     torch.testing.assert_close(*means)
+
+
+def test_a_gaussian_actors_latents_are_clipped_to_their_bound_and_nothing_else(policy: FlowPolicy) -> None:
+    """Within it they are what is said, beyond it they lie on it; without one they are free."""
+    free, bounded = make("both", policy), make("both, bounded", policy)
+    bounded.load_state_dict(free.state_dict())
+    observation = torch.randn(500, 4)
+    said, kept = (steer_actor(policy, one).act(observation, rng=0).noise for one in (free, bounded))
+    assert said.abs().max() > 2
+    torch.testing.assert_close(kept, said.clamp(-0.7, 0.7))
 
 
 def test_a_squashed_actors_latents_are_drawn_where_that_is_asked_for(policy: FlowPolicy) -> None:

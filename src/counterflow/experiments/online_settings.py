@@ -37,8 +37,8 @@ class OnlineRun:
         reward: "cost", "success" or "dense", see `SteeredRows`.
         clip_values: keep what critics learn within what this reward allows, where the entropy is no part of it.
         steps: K, denoising steps.
-        bound: the noise bound; 0: chosen from the noises of prefilled successes, 1.5 without any. RFS has none, and is given
-            none: its latents begin as the prior's own.
+        bound: the noise bound; 0: chosen from the noises of prefilled successes, 1.5 without any, and for RFS none: its latents
+            are Gaussian, as the prior's are, and drift as far as it pays. Given a bound they are clipped to it.
         latent: the latent's shape: "full", "low_rank" or "repeated".
         rank: of "low_rank".
         rest: of "low_rank", "prior" or "zero".
@@ -134,20 +134,15 @@ class OnlineRun:
             noises: (N, H, A) of successes, of which a bound that was left open is chosen.
 
         Raises:
-            InvalidInputError: a noise bound was given to RFS, or bounds don't fit the policy.
+            InvalidInputError: bounds don't fit the policy.
         """
-        if algorithm == "rfs" and self.bound:
-            raise InvalidInputError(
-                f"bound is {self.bound}, and RFS has no noise bound: its latents are Gaussian, as the prior's are. It would be "
-                "evaluated and saved as another policy than the one that was trained; expected 0. Leave it out, or use dsrl."
-            )
         shape = LatentShape(self.latent, self.rank, self.rest)
         ports: Ports = {"dsrl": "latent", "residual": "residual", "rfs": self.ports}[algorithm]  # type: ignore[assignment]
         bound: float | None = self.bound or DEFAULT_BOUND
         if not self.bound and noises is not None and len(noises):
             bound = suggest_bound(noises, shape)
         if algorithm == "rfs":
-            bound = None
+            bound = self.bound or None
         residual = self.residual_bound[0] if len(self.residual_bound) == 1 else self.residual_bound
         return SteeringSpace(policy, ports, self.steps, "euler", bound, shape, residual, algorithm == "residual")
 

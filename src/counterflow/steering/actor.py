@@ -40,7 +40,7 @@ class ActorConfig:
 
     Attributes:
         law: "squashed": limit * tanh(a Gaussian of which the network says mean and deviation) (SAC); "gaussian": the latent as it
-            is said, the residual squashed, the deviations the same everywhere (RFS).
+            is said, clipped where it has a bound, the residual squashed, the deviations the same everywhere (RFS).
         ports, bound, latent, residual_bound, show_base: as for `SteeringSpace`; `residual_bound` one a dimension.
         hidden: neurons of the hidden layers.
         norm: where layer norms stand.
@@ -106,12 +106,18 @@ class SteeringActor(DescribedModule):
         """D, numbers of an action."""
         return len(self.log_std)
 
+    @property
+    def latents(self) -> int:
+        """How many of an action's numbers, the first ones, decide on the latent."""
+        config = self.config
+        return 0 if config.ports == "residual" else config.latent.rows(self.binding.horizon) * self.binding.dim
+
     def forward(self, inputs: Tensor, limits: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return actions (B, D).
 
         Args:
             inputs: (B, F).
-            limits: (D,) of the space; a Gaussian latent's are not read.
+            limits: (D,) of the space.
             noise: (B, D) draws of N(0, I) with which the law is drawn from; None: the means.
 
         Raises:
@@ -128,9 +134,10 @@ class SteeringActor(DescribedModule):
             raw = mean if noise is None else mean + log_std.exp() * noise.to(said)
             return limits.to(said) * torch.tanh(raw)
         raw = said if noise is None else said + self.log_std.exp() * noise.to(said)
-        latent = torch.isinf(limits).to(said.device)
-        bounded = torch.where(torch.isinf(limits), 0.0, limits).to(said)
-        return torch.where(latent, raw, bounded * torch.tanh(raw))
+        limits = limits.to(said)
+        latent, residual = raw.tensor_split([self.latents], 1)
+        largest, bound = limits.tensor_split([self.latents])
+        return torch.cat([latent.clamp(-largest, largest), bound * torch.tanh(residual)], 1)
 
     def description(self) -> dict[str, Any]:
         """Return everything but the numbers, as plain values."""
