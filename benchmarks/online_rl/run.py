@@ -38,7 +38,7 @@ from counterflow.learning.bc import BCConfig
 from counterflow.learning.corrections import CorrectionsConfig
 from counterflow.learning.dsrl import DSRLConfig, Variant
 from counterflow.learning.residual import CriticSees
-from counterflow.policies import NetworkConfig
+from counterflow.policies import FlowPolicy, NetworkConfig, load, save
 from counterflow.steering import ChunkRegressor, MethodSettings, SteeringActor
 
 HERE = Path(__file__).parent
@@ -80,13 +80,12 @@ UNCHANGED = f"sac, full, bound {SHOWN_BOUND:g}"  # the row that the three sweeps
 # RFS learns from what it does itself. From a sparse reward it learned nothing here in 8,000 decisions; Meta-World's is dense.
 RFS_DECISIONS = {"metaworld/door-close-v3": 30_000, "metaworld/reach-v3": 20_000}
 RFS_TASKS = tuple(RFS_DECISIONS)
-# A prior of a robot that only ever moved in the plane, seen through three cameras, twenty demonstrations each, of which one sees
-# things where they are and the others so many metres further along x: which way is right its latents choose, but not up or down.
-CAMERAS = {"metaworld/reach-v3": (0.0, 0.1, 0.2)}
-PLACES = (4, 22, 36)  # where positions begin in an observation: the first object's, the same a step before, the goal's
+# A prior of twenty demonstrations without noise, and without what they did along z, that sees everything so many metres along x
+# from where it is: it never moves up or down, and no small residual undoes what it does all the time.
+BESIDE = {"metaworld/reach-v3": 0.1}
+# Where positions begin in an observation of Meta-World's: the first object's, the same a step before, the goal's.
+PLACES = (4, 22, 36)
 VERTICAL = 2  # in an action
-# Without a bound the latents go where the prior has never been (several deviations out), and do there what it never did.
-RFS_BOUND = {"metaworld/reach-v3": 2.0}
 # Of an environment's step, eight a decision: with 0.99 the value of a reward between -1 and 0 a step is near -100, and PPO spends
 # this budget on finding that out.
 DENSE_DISCOUNT = 0.95
@@ -180,23 +179,25 @@ def reversals(task: str) -> int:
 
 
 def prior_of(task: str) -> str | None:
-    """Return the policy of a task's own (see `CAMERAS`), made if it is missing; None: what is shipped."""
-    if task not in CAMERAS:
+    """Return the policy of a task's own (see `BESIDE`), made if it is missing; None: what is shipped."""
+    if task not in BESIDE:
         return None
-    run, made, each = RUNS / "policies" / short(task), DATA / "policies" / f"{short(task)}.npz", 20
-    seen = made.with_stem(f"{made.stem}-planar")
-    if not seen.exists():
-        demonstrate(task, made, episodes=each * len(CAMERAS[task]), noise=0.0)
-        with np.load(made) as archive:
+    own = DATA / "policies" / f"{short(task)}-beside-{BESIDE[task]:g}.safetensors"
+    if not own.exists():
+        demonstrations = DATA / "policies" / f"{short(task)}.npz"
+        demonstrate(task, demonstrations, episodes=20, noise=0.0)
+        with np.load(demonstrations) as archive:
             arrays = dict(archive)
         arrays["actions"][:, VERTICAL] = 0.0
-        episodes = np.cumsum(arrays["terminals"]) - arrays["terminals"]
-        for camera, aside in enumerate(CAMERAS[task]):
-            rows = np.flatnonzero(episodes // each == camera)
-            arrays["observations"][rows[:, None], np.array(PLACES)] += aside
-        save_npz(seen, arrays)
-    few = BCConfig(horizon=8, network=NetworkConfig(width=256), steps=3_000, batch_size=256)
-    return str(train_bc(seen, task, run, few).path)
+        planar = demonstrations.with_stem(f"{demonstrations.stem}-planar")
+        save_npz(planar, arrays)
+        few = BCConfig(horizon=8, network=NetworkConfig(width=256), steps=3_000, batch_size=256)
+        policy = load(train_bc(planar, task, RUNS / "policies" / short(task), few).path)
+        assert isinstance(policy, FlowPolicy)
+        for first in PLACES:
+            policy.observation_normaliser.offset[first] += BESIDE[task]  # what is subtracted from what is seen
+        save(policy, own)
+    return str(own)
 
 
 def recording(task: str, method: str, successes: int, reasoner: ReasonerSettings | None = None) -> Path:
@@ -371,7 +372,6 @@ def rfs(job: Job) -> None:
                 "rfs",
                 (replace(config, discount=DENSE_DISCOUNT), settings),
                 ports=ports,
-                bound=RFS_BOUND.get(task, 0.0),
                 reward="dense",
                 decisions=RFS_DECISIONS[task],
                 evaluate_every=RFS_DECISIONS[task] // EVALUATIONS,
