@@ -58,6 +58,7 @@ SHOWN_BOUND = 4.0
 # in the budget either. With three of five wrong no episode of 150 on task 5 succeeded: there is no one success to begin with.
 DEGRADED = {
     "ogbench/cube-single-task2": ReasonerSettings(error=0.75),
+    "ogbench/cube-single-task3": ReasonerSettings(error=0.75),
     "ogbench/cube-single-task4": ReasonerSettings(error=0.55),
     "ogbench/cube-single-task5": ReasonerSettings(error=0.5),
     "ogbench/scene-task1": ReasonerSettings(error=0.65),
@@ -68,8 +69,8 @@ HARDLY = tuple(DEGRADED)
 # K, of FRS and of every latent that is learned there, where it is not 5: on what the generalist never saw it needs more.
 REVERSALS = {"libero/90/LIVING_ROOM_SCENE6_put_the_chocolate_pudding_to_the_right_of_the_plate": 20}
 ONE_TAUGHT = "DSBC, one success"
-# Where 1,500 decisions are 37 episodes of a seed (of scene's ten), and some seeds find no success in them to go on from.
-LONGER = {"ogbench/cube-single-task4": 3_000, "ogbench/scene-task1": 3_000}
+# Where 1,500 decisions are 37 episodes of a seed, of which one of three holds no success to go on from.
+LONGER = {"ogbench/cube-single-task4": 3_000}
 AGAIN = "DSRL + FRS, distilled again"
 RETAUGHT = 150  # decisions after which a noise policy is distilled again, from what has succeeded since too
 # What is swept begins as the noise policy of twenty successes: in a budget that eleven rows can have, plain DSRL finds too few
