@@ -598,6 +598,7 @@ def test_a_refused_call_leaves_the_folder_free_for_the_corrected_one(
         (DatasetError, "letter.txt", lambda: train("rfs", out, settings, record_to=tmp_path / "other")),
         (InvalidInputError, "keep_steering", lambda: train("residual", out, replace(settings, keep_steering=True))),
         (UnknownNameError, "scripted reasoner", lambda: train("dsrl", out, replace(settings, keep_steering=True))),
+        (InvalidInputError, "bound is 2", lambda: train("rfs", out, replace(settings, bound=2.0, ports="residual"))),
         (InvalidInputError, "residual_bound", lambda: train("rfs", out, replace(settings, residual_bound=(0.2, 0.0)))),
         (UnknownNameError, "reward", lambda: train("rfs", out, replace(settings, reward="costs"))),  # type: ignore[arg-type]
         (UnknownNameError, "ports", lambda: train("dsrl", out, replace(settings, ports="all"))),  # type: ignore[arg-type]

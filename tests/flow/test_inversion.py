@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from counterflow.errors import InvalidInputError, MismatchError, UnknownNameError
-from counterflow.flow import GaussianField, GaussianMixtureField, denoise, invert, refine, reverse
+from counterflow.flow import GaussianField, GaussianMixtureField, denoise, inversion, invert, refine, reverse
 
 MakeNetwork = Callable[..., torch.nn.Module]
 
@@ -136,10 +136,30 @@ class TestInvert:
         invert(field, torch.ones(1, 1), 3, 5)
         assert calls == 3 * (2 + 1)
 
-    def test_sweeps_of_what_has_converged_change_nothing(self, make_network: MakeNetwork) -> None:
-        """Looking at the rows early saves time and nothing else: asked for one sweep or twenty, the noise is the same."""
+    def test_sweeps_of_what_has_converged_change_nothing(
+        self, make_network: MakeNetwork, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Looking at the rows early saves time and nothing else: where the host does not look the noise is the same."""
         network, action = make_network((4,), gain=2.0), chunks(8, 4)
-        torch.testing.assert_close(invert(network, action, 10, 1), invert(network, action, 10, 20), rtol=0, atol=0)
+        calls = 0
+
+        def field(x: Tensor, t: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            moved: Tensor = network(x, t)
+            return moved
+
+        looked = invert(field, action, 10, 20)
+        few, calls = calls, 0
+        monkeypatch.setattr(inversion, "inspectable", lambda _: False)
+        torch.testing.assert_close(looked, invert(field, action, 10, 20), rtol=0, atol=0)
+        assert few < calls == 10 * 22
+
+    def test_a_fixed_cost_can_be_compiled(self, make_network: MakeNetwork) -> None:
+        """No look at the rows is left in it, on a CPU neither."""
+        network, action = make_network((4,)), chunks(8, 4)
+        compiled = torch.compile(lambda x: invert(network, x, 3, 2, max_iterations=2), fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(action), invert(network, action, 3, 2, max_iterations=2))
 
     def test_is_detached_and_leaves_no_graph(self, make_network: MakeNetwork) -> None:
         """Parameters and action get no gradient through it."""

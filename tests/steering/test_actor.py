@@ -75,6 +75,13 @@ def test_a_gaussian_actors_latents_are_clipped_to_their_bound_and_nothing_else(p
     said, kept = (steer_actor(policy, one).act(observation, rng=0).noise for one in (free, bounded))
     assert said.abs().max() > 2
     torch.testing.assert_close(kept, said.clamp(-0.7, 0.7))
+    draws = torch.randn(500, free.outputs)
+    said, kept = (
+        one(observation, one.config.space(policy, 4, "euler").limits, draws)[:, one.latents :]
+        for one in (free, bounded)
+    )
+    torch.testing.assert_close(kept, said)
+    assert said.abs().max() > 0.1
 
 
 def test_a_squashed_actors_latents_are_drawn_where_that_is_asked_for(policy: FlowPolicy) -> None:

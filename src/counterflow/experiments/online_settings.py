@@ -134,8 +134,13 @@ class OnlineRun:
             noises: (N, H, A) of successes, of which a bound that was left open is chosen.
 
         Raises:
-            InvalidInputError: bounds don't fit the policy.
+            InvalidInputError: a noise bound was given to RFS's residual alone, or bounds don't fit the policy.
         """
+        if algorithm == "rfs" and self.ports == "residual" and self.bound:
+            raise InvalidInputError(
+                f"bound is {self.bound}, and RFS with ports 'residual' leaves the noise as it is; expected 0. Leave the bound "
+                "out, or decide on the latent too (ports 'both')."
+            )
         shape = LatentShape(self.latent, self.rank, self.rest)
         ports: Ports = {"dsrl": "latent", "residual": "residual", "rfs": self.ports}[algorithm]  # type: ignore[assignment]
         bound: float | None = self.bound or DEFAULT_BOUND

@@ -23,6 +23,7 @@ from counterflow.flow.field import (
     check_state,
     evaluate,
     flatten_rows,
+    inspectable,
     per_row,
 )
 from counterflow.flow.solvers import denoise, reverse, time_grid
@@ -82,7 +83,7 @@ def invert(
         tolerance: a row's step has converged when no entry is off by more than `tolerance` times the row's largest
             entry (or 1 if that is larger); never finer than four rounding units of action's type.
         max_iterations: sweeps after which a step gives up on the rows that have not converged. At `iterations` or
-            below, the cost is fixed and the host is left out.
+            below, the cost is fixed (on a CPU: at most that) and the host is left out.
         return_residual: also return how far the round trip misses (K more evaluations).
 
     Returns:
@@ -125,7 +126,7 @@ def _invert_step(
     scale = torch.ones_like(best_error)
     points, misses = [best], [best_miss]
     most = max(iterations, max_iterations)
-    at_no_cost = end.device.type == "cpu"  # a look at the rows; what has converged stays where it is, looked at or not
+    at_no_cost = inspectable(end)  # what has converged stays where it is, looked at or not
     for sweep in range(1, most + 1):
         candidate = best + per_row(scale, best) * _accelerate(best, best_miss, points, misses)
         candidate_miss = miss(candidate)

@@ -20,7 +20,7 @@ from counterflow.policies import load
 from counterflow.steering import ChunkCritic, RegressorConfig
 
 DSBC = DSBCConfig(RegressorConfig(bound=BOUND), held_out=0.0)
-"""Nothing is held out: of eighteen successes the others may not tell of it, and what stops by it stops too soon."""
+"""Nothing is held out: of eighteen successes the others may not tell of it, and what stops by it may stop too soon."""
 BC = replace(DSBC, regressor=RegressorConfig(target="action", bound=None))
 CRITIC = ChunkCriticConfig(method="monte_carlo")
 """Learned by temporal differences it was, held out, no better than a constant (benchmarks/metaworld/README.md)."""
