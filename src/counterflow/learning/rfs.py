@@ -3,8 +3,8 @@
     pi(s) -> (a_0, a_r),   executed action = limit( flow(s, a_0) + a_r ),   a_r = bound * tanh(raw)
 
 a_0 is Gaussian and begins as the prior's own noise, mean 0 and deviation 1 (where the space has a noise bound it clips that);
-raw is Gaussian, begins with mean 0 and a small deviation. So it begins as the base policy (with a stochastic residual: in the mean,
-and nearly so where its deviation is small).
+raw is Gaussian, begins with mean 0 and a small deviation. So it begins as the base policy (with a stochastic residual: in the
+mean, and nearly so where its deviation is small).
 No likelihood of the flow and no gradient through its sampler are needed.
 
     policy   L = -E min(ratio A, clip(ratio, 1 - c, 1 + c) A),   A by generalised advantage estimation
