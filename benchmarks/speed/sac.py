@@ -52,9 +52,9 @@ class Networks:
 
 
 SIZES = (
-    Networks("official code, Robomimic", 3, 2048, 2),
-    Networks("official code, pi0", 3, 128, 10),
     Networks("preset small", 2, 256, 4),
+    Networks("official code, pi0", 3, 128, 10),
+    Networks("official code, Robomimic", 3, 2048, 2),
 )
 
 
@@ -151,7 +151,7 @@ def measure(sizes: Networks, device: str, arguments: Arguments) -> dict[str, Any
         "stable-baselines3": theirs(sizes, device),
     }
     for call in makers.values():  # compiled, and warm
-        seconds_of(call, 2, device)
+        seconds_of(call, 1, device)
     times: dict[str, list[float]] = {name: [] for name in makers}
     for _ in range(arguments.rounds):
         for name, call in makers.items():
