@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from counterflow.cli import main
+from counterflow.cli import main, parse
 from counterflow.data import EpisodeDataset, SteeringDataset
 from counterflow.experiments.online_data import anchors_of
 from counterflow.learning import DSBCConfig
@@ -342,6 +342,26 @@ class TestOnline:
         assert (settings.steps, settings.residual_bound, settings.first, settings.episodes) == (7, (0.1, 0.2), 20, 50)
         assert [*seeds] == [0, 1]
 
+    def test_settings_that_are_given_one_by_one_all_count(self) -> None:
+        """The last `--set` used to be the only one, without a word."""
+        given = [
+            "train",
+            "rfs",
+            TASK,
+            "--set",
+            "bound=2",
+            "--seed",
+            "3",
+            "--set",
+            "rollout=8",
+            "epochs=2",
+            "--device",
+            "cpu",
+        ]
+        command = parse(given)
+        assert command.set == ("bound=2", "rollout=8", "epochs=2")
+        assert (command.env, command.seed, command.device) == (TASK, 3, "cpu")
+
     def test_settings_of_algorithm_and_run_have_different_names(self) -> None:
         from dataclasses import fields
 
@@ -353,6 +373,7 @@ class TestOnline:
 
     def test_a_setting_that_is_not_there(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert "unknown setting 'updates'" in failure(capsys, "train", "dsrl", TASK, "--set", "updates=3")
+        assert "seeds is 0" in failure(capsys, "train", "dsrl", TASK, "--seeds", "0")
         assert "expected a int" in failure(capsys, "train", "dsrl", TASK, "--set", "update_ratio=x")
 
     def test_anchors_are_evaluated_recorded_and_named(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
+from counterflow.checks import COUNT
 from counterflow.cli_options import changed
 from counterflow.experiments.corrections import CorrectionsProgress, CorrectionsRun, train_corrections
 from counterflow.experiments.online import OnlineProgress, train_online
@@ -72,6 +73,7 @@ class OnlineOptions:
         settings = changed(settings, [*run, *chosen])
         config = changed(config, [one for one in self.set if one not in chosen])
         out = self.out or Path("runs") / f"{algorithm}-{self.env.split('/')[-1]}-{self.preset}"
+        COUNT.check("seeds", self.seeds)
         seeds = range(self.seed, self.seed + self.seeds)
         run_online(
             console,
@@ -188,6 +190,7 @@ class TrainCorrections:
             settings = replace(settings, residual_bound=self.residual_bound)
         config = changed(CorrectionsConfig(critic_sees=self.critic_sees, anchor=self.anchor), self.set)
         out = self.out or Path("runs") / f"corrections-{self.env.split('/')[-1]}"
+        COUNT.check("seeds", self.seeds)
         seeds = range(self.seed, self.seed + self.seeds)
         sources = self.policy, self.noise_policy
         run_corrections(console, self.data, self.env, out, config, settings, seeds, *sources, self.device)
