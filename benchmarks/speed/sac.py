@@ -62,9 +62,9 @@ SIZES = (
 class Arguments:
     """Measure updates a second, ours and stable-baselines3's."""
 
-    rounds: int = 5
+    rounds: int = 3
     """Of each."""
-    calls: int = 2
+    calls: int = 1
     """Of 20 updates in a round, at the large networks; ten times as many at the others."""
 
 

@@ -651,18 +651,6 @@ Command = (
 LEARNING = (["train"], ["distill"], ["critic"])
 
 
-def gathered(arguments: Sequence[str], option: str = "--set") -> list[str]:
-    """Return arguments in which an option that was given several times has all its values, instead of the last one's alone."""
-    others: list[str] = []
-    values: list[str] = []
-    inside = False
-    for one in arguments:
-        inside = one == option or (inside and not one.startswith("-"))
-        if one != option:
-            (values if inside else others).append(one)
-    return [*others, option, *values] if values else list(arguments)
-
-
 def parse(arguments: Sequence[str]) -> Any:
     """Return the command that is meant; it has a method `run(console)`."""
     group, rest = arguments[:1], arguments[1:]
@@ -675,7 +663,7 @@ def parse(arguments: Sequence[str]) -> Any:
         if group == ["critic"]:
             return tyro.cli(cli_train.Critic, prog="counterflow critic", args=rest)
         kind: Any = cli_train.TrainCommand
-        return tyro.cli(kind, prog="counterflow train", description=cli_train.__doc__, args=gathered(rest))
+        return tyro.cli(kind, prog="counterflow train", description=cli_train.__doc__, args=rest)
     if group == ["dataset"]:
         kind = cli_dataset.DatasetCommand
         return tyro.cli(kind, prog="counterflow dataset", description=cli_dataset.__doc__, args=rest)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import tyro
 from rich.console import Console
 
-from counterflow.cli_options import changed
+from counterflow.cli_options import Changes, changed
 from counterflow.experiments.offline import OfflineProgress, OfflineRun, acting_of, train_offline
 from counterflow.experiments.offline_data import find_data
 from counterflow.experiments.presets import PresetName, preset
@@ -42,7 +43,7 @@ class OfflineOptions:
     """Updates between two evaluations; 0: none but at the end; default: the preset's."""
     episodes: int | None = None
     """Of an evaluation, each seed; 0: no evaluation; default: the preset's."""
-    set: tuple[str, ...] = ()
+    set: Changes = ()
     """Settings of the algorithm to change, each NAME=VALUE, for example alpha=3 precision=bfloat16."""
     device: str = "cpu"
     """Where to train, for example cuda."""
@@ -55,7 +56,8 @@ class OfflineOptions:
         data = self.data or find_data(self.env)
         out = self.out or Path("runs") / f"{algorithm}-{self.env.split('/')[-1]}-{self.preset}"
         seeds = range(self.seed, self.seed + self.seeds)
-        run_offline(console, algorithm, data, self.env, out, changed(config, self.set), settings, seeds, self.device)
+        config = changed(config, [*chain.from_iterable(self.set)])
+        run_offline(console, algorithm, data, self.env, out, config, settings, seeds, self.device)
 
 
 @dataclass(frozen=True)

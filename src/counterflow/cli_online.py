@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ import tyro
 from rich.console import Console
 
 from counterflow.checks import COUNT
-from counterflow.cli_options import changed
+from counterflow.cli_options import Changes, changed
 from counterflow.experiments.corrections import CorrectionsProgress, CorrectionsRun, train_corrections
 from counterflow.experiments.online import OnlineProgress, train_online
 from counterflow.experiments.online_settings import Config, OnlineRun, PresetName, online_preset
@@ -48,7 +49,7 @@ class OnlineOptions:
     record: Path | None = None
     """A folder into which every episode of the training goes, as 'counterflow record' writes them, for 'counterflow distill' and
     --prefill; made, or added to."""
-    set: tuple[str, ...] = ()
+    set: Changes = ()
     """Other settings to change, of the algorithm or of the run, each NAME=VALUE, for example update_ratio=5 bound=2."""
     device: str = "cpu"
     """Where to learn, for example cuda."""
@@ -69,9 +70,10 @@ class OnlineOptions:
         }
         settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
         of_run = {field.name for field in fields(OnlineRun)}
-        chosen = [one for one in self.set if one.partition("=")[0] in of_run]
+        given_by_name = [*chain.from_iterable(self.set)]
+        chosen = [one for one in given_by_name if one.partition("=")[0] in of_run]
         settings = changed(settings, [*run, *chosen])
-        config = changed(config, [one for one in self.set if one not in chosen])
+        config = changed(config, [one for one in given_by_name if one not in chosen])
         out = self.out or Path("runs") / f"{algorithm}-{self.env.split('/')[-1]}-{self.preset}"
         COUNT.check("seeds", self.seeds)
         seeds = range(self.seed, self.seed + self.seeds)
@@ -177,7 +179,7 @@ class TrainCorrections:
     """A checkpoint, a run folder, or lerobot: and a hub id or folder; default: the shipped prior of the task's family."""
     noise_policy: Path | None = None
     """The noise policy that was driving when somebody intervened (a round of 'counterflow dagger'); default: none was."""
-    set: tuple[str, ...] = ()
+    set: Changes = ()
     """Other settings of the algorithm to change, each NAME=VALUE, for example alpha=1."""
     device: str = "cpu"
     """Where to learn, for example cuda."""
@@ -188,7 +190,9 @@ class TrainCorrections:
         settings = replace(CorrectionsRun(), **{name: value for name, value in given.items() if value is not None})
         if self.residual_bound:
             settings = replace(settings, residual_bound=self.residual_bound)
-        config = changed(CorrectionsConfig(critic_sees=self.critic_sees, anchor=self.anchor), self.set)
+        config = changed(
+            CorrectionsConfig(critic_sees=self.critic_sees, anchor=self.anchor), [*chain.from_iterable(self.set)]
+        )
         out = self.out or Path("runs") / f"corrections-{self.env.split('/')[-1]}"
         COUNT.check("seeds", self.seeds)
         seeds = range(self.seed, self.seed + self.seeds)

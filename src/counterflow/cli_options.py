@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
+
+import tyro
 
 from counterflow.errors import InvalidInputError, UnknownNameError
 
@@ -104,6 +106,8 @@ class Guiding:
 
 
 Settings = TypeVar("Settings")
+Changes = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction]
+"""NAME=VALUE, several behind one `--set` and as many `--set` as one likes; plain tyro would keep the last alone."""
 
 
 def changed(config: Settings, settings: Sequence[str]) -> Settings:
