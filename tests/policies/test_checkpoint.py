@@ -109,7 +109,7 @@ class TestRoundTrip:
 
 
 class TestShipped:
-    @pytest.mark.parametrize("name", ["cube-single", "puzzle-3x3", "scene"])
+    @pytest.mark.parametrize("name", ["cube-single", "cube-double", "puzzle-3x3", "scene"])
     def test_priors(self, name: str) -> None:
         import counterflow.policies.checkpoint as checkpoint
 

@@ -62,6 +62,7 @@ UNGUIDED = ("direct", "bc")
 """Methods that execute something else than what the flow gives: there is nothing to guide."""
 SHIPPED_PRIORS = {
     "ogbench/cube-single": "cube-single",
+    "ogbench/cube-double": "cube-double",
     "ogbench/scene": "scene",
     "ogbench/puzzle-3x3": "puzzle-3x3",
     "metaworld": "metaworld",
