@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from counterflow.errors import InvalidInputError
-from counterflow.experiments.statistics import Difference, MeanRate, SuccessRate, wilson_interval
+from counterflow.experiments.statistics import Difference, MeanRate, SeedsRate, SuccessRate, wilson_interval
 
 
 @st.composite
@@ -143,6 +143,44 @@ def test_the_mean_is_covered_about_as_often_as_promised(truth: tuple[float, ...]
     assert 0.94 <= covered <= 0.985
 
 
+@given(success_rates())
+def test_an_algorithm_of_one_seed_is_known_as_its_episodes_are(rate: SuccessRate) -> None:
+    assert SeedsRate((rate,)).interval == pytest.approx(rate.interval)
+
+
+@given(st.lists(success_rates(), min_size=1, max_size=5))
+def test_an_algorithms_rate_lies_in_its_interval_within_zero_and_one(rates: list[SuccessRate]) -> None:
+    found = SeedsRate(tuple(rates))
+    assert 0 <= found.interval.low <= found.rate <= found.interval.high <= 1
+
+
+def test_seeds_that_agree_are_known_as_their_pooled_episodes_and_seeds_that_differ_are_not() -> None:
+    agreeing, pooled = SeedsRate((SuccessRate(20, 50),) * 3), SuccessRate(60, 150)
+    assert agreeing.interval == pytest.approx(pooled.interval)
+    low, high = SeedsRate((SuccessRate(21, 50), SuccessRate(1, 50), SuccessRate(36, 50))).interval
+    assert low < 0.05
+    assert high > 0.85
+
+
+@pytest.mark.parametrize(
+    ("mean", "spread", "seeds"),
+    [(0.5, 0.0, 3), (0.5, 0.1, 3), (0.5, 0.25, 3), (0.8, 0.15, 5), (0.1, 0.08, 3), (0.4, 0.35, 5)],
+)
+def test_an_algorithms_rate_is_covered_at_least_about_as_often_as_promised(
+    mean: float, spread: float, seeds: int
+) -> None:
+    rng = np.random.default_rng(9)
+    if spread:
+        strength = mean * (1 - mean) / spread**2 - 1
+        truth = rng.beta(mean * strength, (1 - mean) * strength, (2000, seeds))
+    else:
+        truth = np.full((2000, seeds), mean)
+    table = [SuccessRate(successes, 50) for successes in range(51)]
+    rates = [SeedsRate(tuple(table[successes] for successes in row)) for row in rng.binomial(50, truth)]
+    covered = np.mean([rate.interval.low <= mean <= rate.interval.high for rate in rates])
+    assert covered >= 0.92
+
+
 def test_the_difference_of_means_is_covered_about_as_often_as_promised() -> None:
     rng = np.random.default_rng(8)
     truth = np.array([[0.9, 1.0, 0.6, 0.95, 0.8], [0.25, 0.0, 0.0, 0.1, 0.4]])
@@ -194,6 +232,8 @@ def test_impossible_confidence_is_refused(confidence: float) -> None:
 def test_a_mean_of_nothing_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="no task"):
         MeanRate(())
+    with pytest.raises(InvalidInputError, match="no seed"):
+        SeedsRate(())
     with pytest.raises(InvalidInputError, match="episodes is 0"):
         SuccessRate.of([])
 
@@ -209,6 +249,10 @@ def test_results_are_written_as_json_and_as_text() -> None:
     mean = MeanRate((rate, rate))
     assert (mean.to_json()["tasks"], mean.to_json()["episodes"]) == (2, 8)
     assert mean.to_json()["ci95"] == list(mean.interval)
+    several = SeedsRate((rate, SuccessRate(0, 4)))
+    written = json.loads(json.dumps(several.to_json()))
+    assert (written["successes"], written["episodes"], written["each"]) == (3, 8, [0.75, 0.0])
+    assert (written["success_rate"], written["ci95"]) == (0.375, list(several.interval))
     assert str(SuccessRate(81, 263)) == "30.8% [25.5, 36.6]"
     difference = Difference(SuccessRate(56, 70), SuccessRate(48, 80))
     assert str(difference) == "+20.0 [+5.2, +33.4]"

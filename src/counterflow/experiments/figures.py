@@ -24,7 +24,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from counterflow.errors import InvalidInputError
-from counterflow.experiments.statistics import Rate, SuccessRate
+from counterflow.experiments.statistics import Rate, SeedsRate, SuccessRate
 from counterflow.experiments.style import (
     INK,
     METHOD_COLOURS,
@@ -548,8 +548,12 @@ def _whole_ticks(positions: npt.NDArray[np.float64]) -> list[int]:
 
 
 def _episodes_note(rates: Iterable[Rate]) -> str:
-    counts = sorted({rate.episodes for rate in rates if isinstance(rate, SuccessRate)})
+    rates = list(rates)
+    seeds = [rate.seeds for rate in rates if isinstance(rate, SeedsRate)]
+    single = [rate for rate in rates if isinstance(rate, SuccessRate)] + [one for several in seeds for one in several]
+    counts = sorted({rate.episodes for rate in single})
     if not counts:
         return "Intervals: 95%."
     episodes = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"{episodes} episodes each; intervals: 95%, Wilson."
+    across = any(len(several) > 1 for several in seeds)
+    return f"{episodes} episodes each{' seed' if across else ''}; intervals: 95%, {'across seeds' if across else 'Wilson'}."

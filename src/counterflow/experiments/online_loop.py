@@ -26,18 +26,19 @@ from counterflow.experiments.online_teaching import Teachers
 from counterflow.experiments.record import arrays_of
 from counterflow.experiments.rollout import run_episodes
 from counterflow.experiments.run import Run
-from counterflow.experiments.statistics import SuccessRate
+from counterflow.experiments.statistics import SeedsRate, SuccessRate
 from counterflow.experiments.steering_env import SteeredRows, Taken
 from counterflow.files import write_json
-from counterflow.learning.dsrl import DSRLConfig
+from counterflow.learning.dsrl import AnchorsLearner, DSRLConfig
 from counterflow.learning.rfs import RFSConfig
-from counterflow.learning.sac import SACLearner
 from counterflow.random import child_seed
-from counterflow.steering import AnchorsCritic, SteeredPolicy, SteeringSpace, describe_bound
+from counterflow.steering import AnchorsCritic, SteeredPolicy, SteeringSpace, describe_bound, mass_beyond
 
 EVALUATED = "evaluation_episodes"  # the entry of the metrics that says how many episodes of each seed a rate is of
 RECENT = 20
 """Episodes over which success in training is reported."""
+MUCH = 0.2
+"""The share of the prior's numbers beyond a bound, from which on a start within it is not the prior's law (a bound of 1.3 has it)."""
 
 
 @dataclass
@@ -167,7 +168,8 @@ class OnlineLoop:
         """Begin, or go on from the last checkpoint, to the end.
 
         Raises:
-            TrainingError: a loss, reward or observation is not finite any more.
+            TrainingError: a loss, the flow's chunk, a reward or an observation is not finite any more, or a simulator did not
+                come back to where it was left.
             WorkerError: a simulator died; the last checkpoint is safe.
             StorageError: a file can't be written; the last checkpoint is safe.
         """
@@ -265,6 +267,7 @@ class OnlineLoop:
     def _evaluate(self, count: int) -> None:
         """Evaluate every seed for `count` episodes in the environments at hand, and put these back to where they were."""
         episodes, history = list(self.rows.episodes), [list(one) for one in self.rows.history]
+        left = self.rows.observation.copy()
         seeds = [child_seed(child_seed(0, "validation"), "episode", index) for index in range(count)]
         told: dict[str, float] = {EVALUATED: float(count)}
         for index, seed in enumerate(self.seeds):
@@ -274,7 +277,7 @@ class OnlineLoop:
             self.success[seed] = rate
             told[f"success/seed-{seed}"] = rate
             told[f"environment_steps/seed-{seed}"] = float(self.steps_of[index])
-        self.rows.resume(episodes, history)
+        self.rows.resume(episodes, history, reached=left)
         self.rows.evaluations, self.agent.evaluations, self.agent.queries = 0, 0.0, 0.0  # of no account to the learning
         self.folder.report(self.decision, **told)
         self._write_results()
@@ -307,15 +310,15 @@ class OnlineLoop:
             },
         )
 
-    def _together(self) -> dict[float, SuccessRate]:
-        """Return success by the environment steps of a seed, the mean over seeds, all seeds' episodes together."""
-        found: dict[float, SuccessRate] = {}
+    def _together(self) -> dict[float, SeedsRate]:
+        """Return success by the environment steps of a seed, the mean over seeds."""
+        found: dict[float, SeedsRate] = {}
         for line in self.folder.metrics():
             if all(f"success/seed-{seed}" in line for seed in self.seeds):
                 steps = sum(line[f"environment_steps/seed-{seed}"] for seed in self.seeds) / len(self.seeds)
                 rates = [line[f"success/seed-{seed}"] for seed in self.seeds]
                 count = round(line[EVALUATED])
-                found[round(steps)] = SuccessRate(sum(round(rate * count) for rate in rates), count * len(rates))
+                found[round(steps)] = SeedsRate(tuple(SuccessRate(round(rate * count), count) for rate in rates))
         return found
 
     def _draw(self) -> None:
@@ -382,6 +385,7 @@ class OnlineLoop:
                 "loop.recent": recent,
                 "loop.episodes": torch.tensor(self.rows.episodes),
                 "loop.lengths": torch.tensor([len(one) for one in self.rows.history]),
+                "loop.observations": torch.from_numpy(self.rows.observation.copy()),
             }
             | {f"loop.history.{name}": values for name, values in history.items()}
             | {
@@ -408,7 +412,9 @@ class OnlineLoop:
         def before(row: int, ago: int) -> None:
             self.agent.remind(self.rows, row, self.decision - ago * self.settings.num_envs)
 
-        self.rows.resume(state["loop.episodes"].tolist(), history, before)
+        left = state.get("loop.observations")  # runs of before did not keep them
+        reached = None if left is None else left.numpy()
+        self.rows.resume(state["loop.episodes"].tolist(), history, before, reached)
         self.rows.evaluations = 0
 
     def _imitate(self) -> None:
@@ -427,31 +433,55 @@ class OnlineLoop:
         told: dict[str, Any] = {"latent": asdict(space.latent), "keeps_prior": space.latent.keeps_prior}
         if space.bound is not None and space.latent_size:
             told["bound"] = describe_bound(space.bound, space.latent, noises)
+        if self.data is not None:
+            self.data.check_kept(space)
+            told["prefill"] = self.data.describe()
         if settings.start_episodes:
             seeds = [child_seed(child_seed(0, "start"), index) for index in range(settings.start_episodes)]
+            left = self.rows.observation.copy()
             start, said, cure = self._start()
+            changed = "" if self._is_taught else _changed(space)
             policies = {"base": SteeredPolicy(space.policy, steps=space.steps), "start": start}
             rates = {
-                name: SuccessRate.of(one.success for one in run_episodes(policy, self.vector, seeds))
+                name: SuccessRate.of(
+                    one.success for one in run_episodes(policy, self.vector, seeds, self.agent.make_reasoner)
+                )
                 for name, policy in policies.items()
             }
             told |= {name: rate.to_json() for name, rate in rates.items()}
-            if rates["start"].interval.high < rates["base"].rate:
+            base, count = rates["base"], settings.start_episodes
+            told["tells"] = SuccessRate(0, count).interval.high < base.rate
+            if rates["start"].interval.high < base.rate:
                 warnings.warn(
-                    f"the base policy succeeds in {100 * rates['base'].rate:.0f}% of {settings.start_episodes} episodes, and its "
-                    f"steered start, {said}, in {100 * rates['start'].rate:.0f}%: the first success may never come. {cure}",
+                    f"the base policy succeeds in {100 * base.rate:.0f}% of {count} episodes, and its steered start, {said}, in "
+                    f"{100 * rates['start'].rate:.0f}%: the first success may never come. {cure}",
                     stacklevel=2,
                 )
-            self.rows.resume([0] * len(self.rows), [[] for _ in self.rows.seeds])
+            elif not told["tells"] and changed:
+                warnings.warn(
+                    f"the base policy succeeds in {base.successes} of {count} episodes, too few to tell whether its steered start, "
+                    f"{said}, does worse, and its noises are not the prior's any more ({changed}): the first success may never "
+                    f"come. Compare them in more episodes (start_episodes). {cure}",
+                    stacklevel=2,
+                )
+            self.rows.resume([0] * len(self.rows), [[] for _ in self.rows.seeds], reached=left)
             self.rows.evaluations = 0
         write_json(self.folder.folder / "start.json", told)
 
+    @property
+    def _is_taught(self) -> bool:
+        """Whether actors begin as imitations of a noise policy."""
+        return isinstance(self.agent, OffPolicyAgent) and self.agent.learner.teacher is not None
+
     def _start(self) -> tuple[SteeredPolicy, str, str]:
         """Return what learners begin as, what to call it, and what helps where it is bad."""
-        space, learner = self.space, self.agent.learner
-        if isinstance(learner, SACLearner) and learner.teacher is not None:
+        space = self.space
+        if self._is_taught:
             cure = "See how the noise policy itself does ('counterflow eval --steer dsbc'), or give a larger bound."
             return self.agent.acting(0, self.decision), "an imitation of the noise policy", cure
+        if isinstance(self.agent.learner, AnchorsLearner):
+            cure = "Give a larger bound, or a smaller spread."
+            return self.agent.acting(0, self.decision), "anchors among which critics choose that know nothing yet", cure
         start = starting(space, self.config, child_seed(0, "start", "residual"))
         return start, _said(space, self.config), _cure(space)
 
@@ -468,6 +498,16 @@ def _said(space: SteeringSpace, config: Config) -> str:
     if space.residual_size:
         parts.append(f"a residual with a deviation of {starting_std(config):g} of its bound")
     return " and ".join(parts)
+
+
+def _changed(space: SteeringSpace) -> str:
+    """Return in what the latents of a start differ much from the prior's noise, in words; empty: in nothing."""
+    if not space.latent_size:
+        return ""
+    if not space.latent.keeps_prior:
+        return f"latent {space.latent.kind!r}"
+    cut = 0.0 if space.bound is None else mass_beyond(space.bound)
+    return f"the bound cuts off {100 * cut:.0f}% of its numbers" if cut > MUCH else ""
 
 
 def _cure(space: SteeringSpace) -> str:

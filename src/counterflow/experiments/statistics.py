@@ -12,12 +12,18 @@ for equal tasks that of their pooled episodes. Simulated with up to 15 tasks of 
 to 98% of evaluations, where recovering the variance from the tasks' own Wilson limits (Zou, Huang and Zhang 2009) falls
 to 88% when all rates are near 0.
 
+*What training seeds vary* is a cluster sample: episodes of one seed's policy say more of it than of the algorithm. Its
+interval is Wilson's at the effective sample size n = p (1 - p) / V, V the larger of what the episodes and what the seeds' own
+spread say of the mean, the latter with Student's t of S - 1 degrees in the place of the normal (Korn and Graubard 1998).
+Simulated with 3 or 5 seeds whose true rates spread by up to 0.35 it covers the algorithm's rate in 92% to 99% of runs, the pooled
+episodes' interval in as few as 29%. Three seeds that disagree know little, and it says so.
+
 *The difference of two* independent rates or means: Newcombe's hybrid score interval (1998b, method 10).
 
 Sources: E. B. Wilson, JASA 22 (1927) 209-212. R. G. Newcombe, Statistics in Medicine 17 (1998) 857-872 (a) and 873-890
 (b). N. Dean, M. Pagano, Journal of Survey Statistics and Methodology 3 (2015) 484-503. C. Franco, R. J. A. Little,
 T. A. Louis, E. V. Slud, the same 7 (2019) 334-364. G. Y. Zou, W. Huang, X. Zhang, Computational Statistics and Data
-Analysis 53 (2009) 1080-1085.
+Analysis 53 (2009) 1080-1085. E. L. Korn, B. I. Graubard, Survey Methodology 24 (1998) 193-201.
 """
 
 from __future__ import annotations
@@ -28,6 +34,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import NamedTuple, Protocol
+
+from scipy.special import stdtrit
 
 from counterflow.checks import COUNT, FRACTION
 from counterflow.errors import InvalidInputError
@@ -173,6 +181,70 @@ class MeanRate:
             "episodes": sum(task.episodes for task in self.tasks),
             "success_rate": self.rate,
             "ci95": list(self.interval),
+        }
+
+    def __str__(self) -> str:
+        """Write the rate and its interval in percent."""
+        return _in_percent(self)
+
+
+@dataclass(frozen=True)
+class SeedsRate:
+    """How often policies succeed that an algorithm trained from several seeds, each weighing the same.
+
+    The interval speaks of the algorithm, seeds that were not run included. Of one seed nothing is known of the others: its
+    interval is that of its episodes.
+
+    Attributes:
+        seeds: each seed's rate, at least one.
+
+    Raises:
+        InvalidInputError: there is no seed.
+    """
+
+    seeds: tuple[SuccessRate, ...]
+
+    def __post_init__(self) -> None:
+        """Check that there is something to average."""
+        object.__setattr__(self, "seeds", tuple(self.seeds))
+        if not self.seeds:
+            raise InvalidInputError("the rate of an algorithm was asked of no seed; expected at least one SuccessRate.")
+
+    @property
+    def rate(self) -> float:
+        """The mean of the seeds' rates."""
+        return math.fsum(seed.rate for seed in self.seeds) / len(self.seeds)
+
+    @property
+    def successes(self) -> int:
+        """Of all seeds."""
+        return sum(seed.successes for seed in self.seeds)
+
+    @property
+    def episodes(self) -> int:
+        """Of all seeds."""
+        return sum(seed.episodes for seed in self.seeds)
+
+    @property
+    def interval(self) -> Interval:
+        """The 95% interval of a cluster sample: Wilson's at the effective sample size (see the module's docstring)."""
+        count = len(self.seeds)
+        smoothed = (self.successes + 0.5) / (self.episodes + 1)
+        variance = smoothed * (1 - smoothed) / self.episodes
+        if count > 1:
+            spread = math.fsum((seed.rate - self.rate) ** 2 for seed in self.seeds) / (count - 1)
+            wider = stdtrit(count - 1, 0.5 + CONFIDENCE / 2) / NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
+            variance = max(variance, wider**2 * spread / count)
+        return _wilson(self.rate, smoothed * (1 - smoothed) / variance, CONFIDENCE)
+
+    def to_json(self) -> dict[str, int | float | list[float]]:
+        """Return what result files hold: counts of all seeds, the mean rate and its interval, and each seed's rate."""
+        return {
+            "episodes": self.episodes,
+            "successes": self.successes,
+            "success_rate": self.rate,
+            "ci95": list(self.interval),
+            "each": [seed.rate for seed in self.seeds],
         }
 
     def __str__(self) -> str:
