@@ -7,13 +7,16 @@ Four questions, each of a few episodes or of no more than the states that they v
     latent      which latent shapes keep the base policy's success under coefficients drawn as the prior's noise
     reach       how much of a reference's motion comes out of reversing and denoising it, by the noise bound
 
-From the answers: a noise bound, a latent shape, a residual deviation to begin with.
+From the answers: a noise bound, a latent shape, a residual deviation to begin with. Where the policy succeeds too rarely for
+so many episodes to tell, it says so, and recommends what is safe: the full latent, hardly any residual.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -27,10 +30,10 @@ from counterflow.experiments.online_agents import PriorLatent
 from counterflow.experiments.online_data import AXES
 from counterflow.experiments.rollout import Episode, run_episodes
 from counterflow.experiments.sight import check_on_states
-from counterflow.experiments.statistics import SuccessRate
+from counterflow.experiments.statistics import Difference, SuccessRate
 from counterflow.flow import denoise
 from counterflow.policies import BasePolicy, bind, repeat_context
-from counterflow.random import check_seed, child_seed, draw_prior, generator
+from counterflow.random import check_seed, child_seed, draw_normal, draw_prior, generator
 from counterflow.reasoners import Direction, to_reference
 from counterflow.steering import FlowReversal, LatentShape, SteeredPolicy, SteeringContext, SteeringSpace
 from counterflow.steering.start import Rng
@@ -44,7 +47,7 @@ SHAPES = {
 }
 STATES = 64
 ENOUGH = 0.9
-"""Share of the unbounded reach that a recommended bound keeps."""
+"""Share of the unbounded reach that a recommended bound keeps, unless it is the largest: the prior's own noise ends there."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class Steerability:
         bound: recommended.
         latent: recommended.
         residual_std: recommended, units of the environment's actions.
+
+    `tells` says whether the episodes tell anything of latent and residual; if not, these are what is safe.
     """
 
     env: str
@@ -75,6 +80,11 @@ class Steerability:
     latent: str
     residual_std: float
 
+    @property
+    def tells(self) -> bool:
+        """Whether the base succeeds often enough to tell a policy that never does from it."""
+        return tells(self.base)
+
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values."""
         return {
@@ -85,7 +95,12 @@ class Steerability:
             "residual": {f"{std:g}": rate.to_json() for std, rate in self.residual.items()},
             "shapes": {name: rate.to_json() for name, rate in self.shapes.items()},
             "reach": {f"{bound:g}": round(share, 4) for bound, share in self.reach.items()},
-            "recommended": {"bound": self.bound, "latent": self.latent, "residual_std": self.residual_std},
+            "recommended": {
+                "bound": self.bound,
+                "latent": self.latent,
+                "residual_std": self.residual_std,
+                "tells": self.tells,
+            },
         }
 
 
@@ -104,7 +119,7 @@ def probe(
     steps: int = 5,
     on_episode: Callable[[Episode], None] | None = None,
 ) -> Steerability:
-    """Probe a policy on a task.
+    """Probe a policy on a task. Warns where the policy succeeds too rarely for so many episodes to tell anything.
 
     Args:
         env: the task.
@@ -139,8 +154,8 @@ def probe(
     fixed = [success(SteeredPolicy(policy, start=FixedNoise(noise), steps=steps)) for noise in noises]
     residual = {}
     for std in STDS:
-        shaken = RandomResidual(SteeringSpace(policy, "residual", steps), std, child_seed(seed, "residual"))
-        residual[std] = success(SteeredPolicy(policy, edit=shaken, steps=steps))
+        shaken = RandomResidual(SteeringSpace(policy, "residual", steps), std)
+        residual[std] = success(SteeredPolicy(policy, start=shaken.begin, edit=shaken, steps=steps))
     shapes = {
         name: success(
             SteeredPolicy(
@@ -150,24 +165,53 @@ def probe(
         for name, shape in SHAPES.items()
     }
     reach = reach_of(policy, visited[0], steps, generator(child_seed(seed, "reach")))
-    whole = reach[float("inf")]
-    return Steerability(
-        env.spec.name,
-        policy_name(policy),
-        base,
-        fixed,
-        residual,
-        shapes,
-        reach,
-        next((bound for bound in BOUNDS if reach[bound] >= ENOUGH * whole), BOUNDS[-1]),
+    if not tells(base):
+        warnings.warn(
+            f"the base policy succeeds in {base.successes} of {episodes} episodes, too few to tell which latents and residuals "
+            "keep its success: what is recommended of them is what is safe. Run more (--episodes), until some five succeed.",
+            stacklevel=2,
+        )
+    recommended = recommend(base, residual, shapes, reach)
+    return Steerability(env.spec.name, policy_name(policy), base, fixed, residual, shapes, reach, *recommended)
+
+
+def recommend(
+    base: SuccessRate,
+    residual: Mapping[float, SuccessRate],
+    shapes: Mapping[str, SuccessRate],
+    reach: Mapping[float, float],
+) -> tuple[float, str, float]:
+    """Return what to begin with: a noise bound, a latent shape, a residual deviation (units of the environment's actions).
+
+    The smallest bound that keeps most of the unbounded reach; the smallest latent that keeps the base's success; the largest
+    deviation that does, as all smaller ones do.
+
+    Args:
+        base: the policy's own success.
+        residual: success by deviation.
+        shapes: success by latent shape.
+        reach: by noise bound, the infinite one among them.
+    """
+    enough = ENOUGH * reach[float("inf")]
+    return (
+        next((bound for bound in BOUNDS if reach[bound] >= enough), BOUNDS[-1]),
         next((name for name in ("repeated", "low_rank 2") if not worse(shapes[name], base)), "full"),
-        max((std for std in STDS if not worse(residual[std], base)), default=STDS[0] / 2),
+        max(takewhile(lambda std: not worse(residual[std], base), sorted(residual)), default=STDS[0] / 2),
     )
 
 
+def tells(base: SuccessRate) -> bool:
+    """Say whether so many episodes would tell a policy that never succeeds from the base (of 20 or more it takes five)."""
+    return _clearly_below(SuccessRate(0, base.episodes), base)
+
+
 def worse(rate: SuccessRate, base: SuccessRate) -> bool:
-    """Say whether a rate is clearly below the base's, or nothing can be told because the base never succeeds."""
-    return base.successes == 0 or rate.interval.high < base.rate or rate.rate < 0.7 * base.rate
+    """Say whether a rate is clearly below the base's, or well below it by its mean, or nothing can be told."""
+    return not tells(base) or _clearly_below(rate, base) or rate.rate < 0.7 * base.rate
+
+
+def _clearly_below(rate: SuccessRate, base: SuccessRate) -> bool:
+    return Difference(rate, base).interval.high < 0
 
 
 @torch.no_grad()
@@ -211,24 +255,32 @@ class FixedNoise:
 
 
 class RandomResidual:
-    """An edit: a Gaussian residual on every action.
+    """A Gaussian residual on every action: an edit, and the start that draws it.
+
+    Only a start is given the episodes' own generators; drawn from any other, an episode's residuals would depend on which
+    episodes share its batch.
 
     Args:
         space: whose units the residual has.
         std: its deviation, units of the environment's actions.
-        seed: what it descends from.
     """
 
     candidates = 1
 
-    def __init__(self, space: SteeringSpace, std: float, seed: int) -> None:
-        self._space, self._std, self._rng = space, std, generator(seed)
+    def __init__(self, space: SteeringSpace, std: float) -> None:
+        self._space, self._std = space, std
+
+    def begin(self, policy: BasePolicy, context: SteeringContext, rng: Rng) -> tuple[Tensor, Tensor]:
+        """Start as the policy does, and draw the residuals of this decision."""
+        begun = SteeredPolicy(policy).begin(context, rng)
+        shape = (context.batch_size, self._space.executed, policy.action_spec.dim)
+        self._residual = self._std * draw_normal(rng, shape)
+        return begun
 
     def __call__(self, chunks: Tensor, context: SteeringContext) -> Tensor:  # noqa: ARG002 - the port's signature
         """Shake the first candidate."""
         space, spec, base = self._space, self._space.policy.action_spec, chunks[:, 0]
-        residual = self._std * torch.randn((len(base), space.executed, spec.dim), generator=self._rng)
         chunk = base.clone()
         executed = slice(spec.past, spec.past + space.executed)
-        chunk[:, executed] = spec.normalise(space.compose(base, residual.to(base))).to(base)
+        chunk[:, executed] = spec.normalise(space.compose(base, self._residual.to(base))).to(base)
         return chunk[:, None]
