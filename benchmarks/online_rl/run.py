@@ -69,6 +69,7 @@ DEGRADED = {
     "ogbench/cube-single-task5": ReasonerSettings(error=0.5),
     "ogbench/scene-task1": ReasonerSettings(error=0.65),
     "ogbench/puzzle-3x3-task1": ReasonerSettings(error=0.75),
+    "ogbench/cube-double-task1": ReasonerSettings(error=0.75),
     "libero/90/LIVING_ROOM_SCENE6_put_the_chocolate_pudding_to_the_right_of_the_plate": ReasonerSettings(error=0.6),
 }
 HARDLY = tuple(DEGRADED)

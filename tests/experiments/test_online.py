@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -140,21 +141,32 @@ def train(name: str, out: Path, settings: OnlineRun = RUN, **changes: Any) -> On
     return train_online(algorithm_of(name), env, out, settings=settings, **options)
 
 
-def recorded(out: Path, prior: FlowPolicy, plane: Callable[..., VectorEnv], episodes: int = 6, **about: Any) -> Path:
-    """Episodes of a start that always goes the right way, and of the base."""
+def recorded(
+    out: Path,
+    prior: FlowPolicy,
+    plane: Callable[..., VectorEnv],
+    episodes: int = 6,
+    only: str = "",
+    noise: tuple[float, float] = (2.0, 2.0),
+    bases: bool = False,
+    **about: Any,
+) -> Path:
+    """Episodes of a start that always goes the right way, by a chunk of rows of `noise`, and of the base; or of one alone."""
+    rows = torch.tensor(noise)[:, None].expand(-1, 2)
     binding = binding_of(prior, 3)
     ways = {
         "right": SteeredPolicy(
-            prior, start=lambda p, c, r: (torch.full((c.batch_size, 2, 2), 2.0), torch.zeros(c.batch_size)), steps=3
+            prior, start=lambda p, c, r: (rows.repeat(c.batch_size, 1, 1), torch.zeros(c.batch_size)), steps=3
         ),
         "base": SteeredPolicy(prior, steps=3),
     }
     with SteeringDataset.create_or_open(out, binding) as dataset:
-        for way, policy in ways.items():
+        for way in [only] if only else ways:
             source = dataset.add_source({"method": way, **about})
-            found = run_episodes(policy, plane(2), list(range(episodes)), record=True)
+            found = run_episodes(ways[way], plane(2), list(range(episodes)), record=True)
             for index, one in enumerate(found):
-                dataset.append(SteeringEpisode("plane", one.seed, index, one.success, source, arrays_of(one.decisions)))
+                arrays = arrays_of(one.decisions, bases=bases)
+                dataset.append(SteeringEpisode("plane", one.seed, index, one.success, source, arrays))
     return out
 
 
@@ -424,6 +436,8 @@ class TestRecording:
             assert name == "residual" or "noises_cut" in told["bound"]
         # residuals come back as they were, on top of what the base gave
         space = RUN.space("residual", prior)
+        with pytest.raises(MismatchError, match=r"'online training', algorithm 'dsrl', .* expected method 'base'"):
+            prefill(tmp_path / "dsrl", space, "plane")
         found = prefill(tmp_path / "residual", space, "plane").recorded
         assert (found.actions != 0).any()
         shown, base = found.observations[:, :4], found.observations[:, 4:]
@@ -697,8 +711,89 @@ class TestPrefill:
             assert one.rewards[-1].item() == expected[1]
         assert one.discounts[-1] == 0
 
+    @pytest.mark.parametrize(
+        ("way", "noise", "latent", "bound", "kept", "warned"),
+        [
+            ("right", (2.0, 2.0), LatentShape(), 2.0, 1.0, False),
+            ("right", (2.0, 2.0), LatentShape(), 0.5, 1 / 16, True),
+            ("right", (2.0, 2.0), LatentShape("repeated"), 1.6, 0.64, False),
+            ("right", (2.0, -2.0), LatentShape("repeated"), 4.0, 0.0, True),
+            ("right", (2.0, -2.0), LatentShape("low_rank", 1, "zero"), 4.0, 0.0, True),
+            # of what lies in the other directions the prior has an eighth
+            ("right", (2.0, -2.0), LatentShape("low_rank", 1, "prior"), 4.0, 0.125, True),
+            ("base", (2.0, 2.0), LatentShape("low_rank", 1, "prior"), 4.0, 1.0, False),
+        ],
+    )
+    def test_what_latents_keep_of_the_noises_is_told(
+        self,
+        way: str,
+        noise: tuple[float, float],
+        latent: LatentShape,
+        bound: float,
+        kept: float,
+        warned: bool,
+        plane: Any,
+        prior: FlowPolicy,
+        tmp_path: Path,
+        recwarn: pytest.WarningsRecorder,
+    ) -> None:
+        path = recorded(tmp_path / "data", prior, plane, 40 if way == "base" else 2, only=way, noise=noise)
+        space = SteeringSpace(prior, steps=3, bound=bound, latent=latent)
+        found = prefill(path, space, "plane")
+        assert found.noises_kept == pytest.approx(kept, abs=0.1 if way == "base" else 1e-5)
+        assert found.describe()["noises_kept"] == pytest.approx(found.noises_kept, abs=1e-4)
+        found.check_kept(space)
+        told = [str(one.message) for one in recwarn if "recorded noises" in str(one.message)]
+        said = f"latents '{latent.kind}' with bound {bound} keep {100 * kept:.0f}%"
+        assert [said in one and "--bound" in one and "'full'" in one for one in told] == [True] * warned
+
+    def test_a_run_warns_of_noises_that_its_latents_do_not_keep_and_goes_on(
+        self, world: None, plane: Any, prior: FlowPolicy, tmp_path: Path
+    ) -> None:
+        path, settings = recorded(tmp_path / "data", prior, plane, only="right"), replace(RUN, decisions=8, episodes=0)
+        with pytest.warns(UserWarning, match="keep 6%"):
+            train("dsrl", tmp_path / "run", replace(settings, bound=0.5), prefill_from=path)
+        told = json.loads((tmp_path / "run" / "start.json").read_text())
+        assert told["prefill"]["noises_kept"] == 0.0625
+        assert told["bound"]["noises_cut"] == 1
+        assert json.loads((tmp_path / "run" / "results.json").read_text())["prefill"] == told["prefill"]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "of the power")
+            train("dsrl", tmp_path / "chosen", settings, prefill_from=path)  # within a bound of the noises' own
+
+    def test_a_residual_wants_rollouts_of_the_base(
+        self, world: None, plane: Any, prior: FlowPolicy, tmp_path: Path
+    ) -> None:
+        """What was steered is not the base's; a base's chunk beside what was executed serves, unless it was steered too."""
+        settings, out = replace(RUN, decisions=8, episodes=0), tmp_path / "run"
+        both = recorded(tmp_path / "both", prior, plane, 2)
+        with pytest.raises(MismatchError, match=r"method 'right', .*'base'.*--steer base --steps 3 .*--no-every-step"):
+            train("residual", out, settings, prefill_from=both)
+        for name, about in (("first", {"recording": "dagger"}), ("second", {"algorithm": "rfs"})):
+            helped = recorded(tmp_path / name, prior, plane, 2, bases=True, **about)
+            with pytest.raises(MismatchError, match="rfs" if name == "second" else "dagger"):
+                train("residual", out, settings, prefill_from=helped)
+        assert not out.exists()
+        base = recorded(tmp_path / "base", prior, plane, 2, only="base")
+        assert train("residual", out, settings, prefill_from=base).decisions_done == 8
+        assert "noises_kept" not in json.loads((out / "start.json").read_text())["prefill"]
+        beside = recorded(tmp_path / "beside", prior, plane, 2, bases=True)
+        assert len(prefill(beside, RUN.space("residual", prior), "plane").recorded)
+
+    def test_what_is_prefilled_leaves_room(self, world: None, plane: Any, prior: FlowPolicy, tmp_path: Path) -> None:
+        path, out = recorded(tmp_path / "data", prior, plane), tmp_path / "run"
+        settings = replace(RUN, decisions=8, episodes=0)
+        count = len(prefill(path, RUN.space("dsrl", prior), "plane").recorded)
+        for room in (0, 7):  # a batch of `SAC` has eight
+            with pytest.raises(
+                InvalidInputError, match=rf"capacity = {count + room} .* {count} of .*={count + 8} holds"
+            ):
+                train("dsrl", out, replace(settings, capacity=count + room), prefill_from=path)
+        assert not out.exists()
+        assert train("dsrl", out, replace(settings, capacity=count + 8), prefill_from=path).decisions_done == 8
+
     def test_a_residuals_observations_end_with_the_chunk(self, plane: Any, prior: FlowPolicy, tmp_path: Path) -> None:
-        path = recorded(tmp_path / "data", prior, plane)
+        path = recorded(tmp_path / "data", prior, plane, only="base")
         space = SteeringSpace(prior, "residual", steps=3, show_base=True)
         one = prefill(path, space, "plane").recorded
         assert one.observations.shape[1] == 4 + 4
@@ -813,6 +908,42 @@ class TestStart:
         assert told["base"]["success_rate"] == 1
         assert told["start"]["success_rate"] == 0
 
+    @pytest.mark.parametrize(
+        ("changes", "said"), [({"bound": 0.5}, "cuts off 62%"), ({"latent": "repeated"}, "'repeated'"), ({}, "")]
+    )
+    def test_where_the_base_hardly_succeeds_nothing_can_be_told_and_what_changes_the_noise_is_named(
+        self,
+        changes: dict[str, Any],
+        said: str,
+        world: None,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        recwarn: Any,
+    ) -> None:
+        """20 episodes of which one succeeds are no better than none."""
+        monkeypatch.setattr(online_loop, "run_episodes", _hardly)
+        train(
+            "dsrl",
+            tmp_path / "run",
+            replace(RUN, decisions=8, start_episodes=8, episodes=0, **({"bound": 3.0} | changes)),
+        )
+        assert json.loads((tmp_path / "run" / "start.json").read_text())["tells"] is False
+        told = [str(one.message) for one in recwarn if "too few to tell" in str(one.message)]
+        assert [said in one and "1 of 8" in one for one in told] == ([True] if said else [])
+
+    def test_anchors_start_as_they_are_chosen(
+        self, world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[SteeredPolicy] = []
+
+        def watch(policy: SteeredPolicy, *given: Any) -> list[Any]:
+            asked.append(policy)
+            return run_episodes(policy, *given)
+
+        monkeypatch.setattr(online_loop, "run_episodes", watch)
+        train("anchors", tmp_path / "run", replace(RUN, decisions=8, start_episodes=4, episodes=0))
+        assert [type(one.start).__name__ for one in asked] == ["NoneType", "AnchorStart"]
+
     def test_the_random_residual_is_part_of_the_start(self, prior: FlowPolicy) -> None:
         """A start that shakes the robot is not the base's."""
         for config, name in (
@@ -837,7 +968,14 @@ class TestStart:
 START: dict[str, dict[str, Any]] = {"rfs": {"residual_std": 1e-6}, "residual": {"initial_std": 0.0068}}
 
 
-def _by_bound(policy: SteeredPolicy, env: VectorEnv, seeds: list[int]) -> list[Any]:
+def _hardly(policy: SteeredPolicy, env: VectorEnv, seeds: list[int], *rest: Any) -> list[Any]:
+    found = run_episodes(policy, env, seeds)
+    for index, one in enumerate(found):
+        one.success = index == 0
+    return found
+
+
+def _by_bound(policy: SteeredPolicy, env: VectorEnv, seeds: list[int], *rest: Any) -> list[Any]:
     found = run_episodes(policy, env, seeds)
     for one in found:
         one.success = policy.start is None

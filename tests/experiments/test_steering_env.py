@@ -89,6 +89,23 @@ def test_rows_go_on_from_what_was_executed(plane: Any, prior: FlowPolicy) -> Non
     assert torch.equal(first.step(torch.zeros(2, 4)).shown, second.step(torch.zeros(2, 4)).shown)
 
 
+def test_going_on_notices_a_simulator_that_does_not_repeat_itself(plane: Any, prior: FlowPolicy) -> None:
+    """What was executed is executed again, and leads elsewhere: the second row's, by a little."""
+    first = rows_of(plane, prior, 2)
+    for _ in range(2):
+        first.step(torch.zeros(2, 4))
+    left = first.observation.copy()
+    second = SteeredRows(plane(2), SteeringSpace(prior), [0, 1])
+    second.resume(first.episodes, first.history, reached=left)
+    assert torch.equal(first.shown, second.shown)
+    left[1, 0] += 0.01
+    where = r"environment 1 \(plane, seed \d+\) .* 2 chunks of its episode 0 .* in number 0 of the observation by 0\.01"
+    with pytest.raises(TrainingError, match=where):
+        second.resume(first.episodes, first.history, reached=left)
+    with pytest.raises(TrainingError, match="environment 0 .* by nan"):
+        second.resume(first.episodes, first.history, reached=left * np.nan)
+
+
 def test_the_vector_environment_begins_anew_and_keeps_the_last_observation(plane: Any, prior: FlowPolicy) -> None:
     env = SteeringVectorEnv(plane(2), prior, max_chunks=2)
     assert isinstance(env, gymnasium.vector.VectorEnv)
@@ -127,12 +144,51 @@ def test_a_value_that_is_no_number_stops_and_says_where(spoil: str, plane: Any, 
     rows = SteeredRows(plane(2, spoil), SteeringSpace(prior), [0, 1], reward="dense")
     rows.begin()
     rows.step(torch.zeros(2, 4))
-    step = {"reward": 3, "observation": 4}[spoil]  # rewards are known action by action, observations chunk by chunk
-    where = (
-        rf"the {spoil} of environment 0 \(plane, seed \d+\) is not finite at step {step} \(chunk 2\) of its episode 0"
-    )
+    where = rf"the {spoil} of environment 0 \(plane, seed \d+\) is not finite at step 3 \(chunk 2\) of its episode 0"
     with pytest.raises(TrainingError, match=where):
         rows.step(torch.zeros(2, 4))
+
+
+def test_an_observation_within_a_chunk_that_is_no_number_stops_too(
+    plane: Any, prior: FlowPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody decides on it, and a recording would keep it."""
+    rows = rows_of(plane, prior, 2)
+    execute = VectorEnv.execute
+
+    def spoilt(self: VectorEnv, *given: Any, **options: Any) -> Any:
+        batch = execute(self, *given, **options)
+        batch.paths[1][0, 0] = np.nan
+        return batch
+
+    rows.step(torch.zeros(2, 4))
+    monkeypatch.setattr(VectorEnv, "execute", spoilt)
+    with pytest.raises(TrainingError, match=r"the observation of environment 1 .* at step 3 \(chunk 2\)"):
+        rows.step(torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("ports", "show_base"), [("latent", False), ("both", False), ("residual", True)])
+def test_a_frozen_flow_that_breaks_stops_and_says_where(ports: Any, show_base: bool, value: float, plane: Any) -> None:
+    """It breaks on the right. Infinite actions would be clipped to sound ones; and where the base is shown no learner sees it."""
+
+    def velocity(x: torch.Tensor, t: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        return torch.where(seen[:, :1, None] > 0.3, value, 0 * x)
+
+    policy = FieldPolicy(velocity, ActionSpec(2, 2, (-1.0,) * 2, (1.0,) * 2))
+    space = SteeringSpace(policy, ports, residual_bound=4.0, show_base=show_base)
+    rows = SteeredRows(plane(2), space, [0, 1])
+    rows.begin()
+    actions = torch.full((2, space.size), 4.0)
+    actions[0] = -4
+    where = (
+        r"the flow's chunk of environment 1 \(plane, seed \d+\) is not finite at step 3 \(chunk 2\) of its episode 0"
+    )
+    if not show_base:
+        rows.step(actions)
+    with pytest.raises(TrainingError, match=where):
+        rows.step(actions)
+    assert len(rows.history[1]) == 1  # nothing was executed
 
 
 def test_a_first_observation_that_is_no_number_stops_too(

@@ -4,7 +4,8 @@
     runs/<name>/checkpoints/state.safetensors           learner, replay, and where every episode was: to go on from
     runs/<name>/seed-<n>/checkpoints/actor.safetensors  what steers: `counterflow.steering.steer_actor`; of the anchors in its
                                                         place anchors.safetensors: `counterflow.steering.steer_anchors`
-    runs/<name>/start.json                              what the noise bound cuts off, and how the start compares with the base
+    runs/<name>/start.json                              what the noise bound cuts off, what latents keep of recorded noises, and
+                                                        how the start compares with the base
     runs/<name>/results.json                            learning curves, with intervals over all seeds' episodes, and the ledger:
                                                         steps, evaluations, queries, seconds
     runs/<name>/figures/learning-curve.png              the curve, once the run is finished
@@ -78,10 +79,11 @@ def train_online(
         on_progress: called at each report.
 
     Raises:
-        InvalidInputError: settings don't fit the algorithm or one another.
+        InvalidInputError: settings don't fit the algorithm or one another, or recordings leave no room in the replay.
         MismatchError: policy, algorithm, task, recordings and noise policy don't fit.
         DatasetError: recordings are damaged, or nothing in them serves.
-        TrainingError: the folder holds another run, or a loss, reward or observation is not finite any more.
+        TrainingError: the folder holds another run; a loss, the flow's chunk, a reward or an observation is not finite any more;
+            or a simulator did not come back to where it was left.
         WorkerError: a simulator died; the last checkpoint is safe.
         StorageError: a file can't be written; the last checkpoint is safe.
         UnknownNameError: no such algorithm or environment, or no reasoner for it that could be asked.
@@ -149,6 +151,15 @@ def _prefilled(
     options: dict[str, Any] = {"discount": config.discount, "reward": settings.reward, "first": settings.first or None}
     options["successes_only"] = settings.successes_only
     data = prefill(source, loose, env, **options)
+    # With less room a batch's share of what was done since would be the same few decisions again and again.
+    least = settings.num_envs if isinstance(config, RFSConfig) else max(settings.num_envs, config.batch_size)
+    if settings.capacity - len(data.recorded) < least:
+        raise InvalidInputError(
+            f"a seed's replay has room for capacity = {settings.capacity} decisions, and {len(data.recorded)} of {source} are to "
+            f"be prefilled; expected room for {least} more, a batch of what comes. Raise the capacity (--set "
+            f"capacity={len(data.recorded) + max(settings.decisions, least)} holds everything), or prefill fewer episodes "
+            "(--set first=...)."
+        )
     tight = settings.space(algorithm, loose.policy, data.noises)
     return data if tight.bound == loose.bound else prefill(source, tight, env, **options)
 

@@ -121,7 +121,7 @@ class OffPolicyAgent(Agent):
             (shown, space.size, sizes.executed),
             len(seeds),
             settings.num_envs,
-            max(settings.capacity, 0 if data is None else len(data.recorded) + settings.num_envs),
+            settings.capacity,
             None if data is None else data.recorded,
             device,
         )

@@ -23,6 +23,7 @@ from counterflow.experiments.online_agents import Agent, OffPolicyAgent, RFSAgen
 from counterflow.experiments.online_data import Prefilled, Recording
 from counterflow.experiments.online_settings import Config, OnlineRun
 from counterflow.experiments.online_teaching import Teachers
+from counterflow.experiments.probe import tells
 from counterflow.experiments.record import arrays_of
 from counterflow.experiments.rollout import run_episodes
 from counterflow.experiments.run import Run
@@ -450,7 +451,7 @@ class OnlineLoop:
             }
             told |= {name: rate.to_json() for name, rate in rates.items()}
             base, count = rates["base"], settings.start_episodes
-            told["tells"] = SuccessRate(0, count).interval.high < base.rate
+            told["tells"] = tells(base)
             if rates["start"].interval.high < base.rate:
                 warnings.warn(
                     f"the base policy succeeds in {100 * base.rate:.0f}% of {count} episodes, and its steered start, {said}, in "

@@ -9,7 +9,7 @@ through the flow. Both, and this library's own training, stand on `SteeredRows`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,6 +34,9 @@ from counterflow.steering import Decided, SteeringSpace
 
 RewardKind = Literal["success", "cost", "dense"]
 Array = npt.NDArray[np.float32]
+REPEATED = 1e-5
+"""How far from where it was left an observation may lie when its episode is executed again, as a share of its size (at the least
+of 1). The simulators here repeat themselves bit by bit; another processor may round otherwise."""
 
 
 def value_range(reward: RewardKind, discount: float, horizon: int) -> tuple[float | None, float | None]:
@@ -187,6 +190,7 @@ class SteeredRows:
         episodes: Sequence[int],
         history: Sequence[Sequence[Taken]],
         before: Callable[[int, int], None] | None = None,
+        reached: Array | None = None,
     ) -> Tensor:
         """Go back to where rows were, by executing again what was executed in their present episodes.
 
@@ -194,6 +198,11 @@ class SteeredRows:
             episodes: each row's episode.
             history: what was executed in it.
             before: called with each row, and how many decisions ago it was, before a decision is executed again.
+            reached: (N, O) the observations that were left, and have to come again; None: they are not known.
+
+        Raises:
+            TrainingError: a simulator did not come back to where it was left, or an observation, or what the policy makes of it,
+                is not finite.
         """
         self.episodes = list(episodes)
         self._begin({row: self.seed_of(row) for row in range(len(self))})
@@ -216,6 +225,8 @@ class SteeredRows:
                 self._record(rows, seen, features, batch)
             self._observation[rows] = batch.observation[rows]
             self._fresh[rows] = self._draw(rows)
+        if reached is not None:
+            self._check_reached(reached)
         return self._show(due)
 
     @torch.no_grad()
@@ -226,26 +237,21 @@ class SteeredRows:
             actions: (N, D).
 
         Raises:
-            TrainingError: an action, a reward or an observation is not finite.
+            TrainingError: an action, the flow's chunk, a reward or an observation, also one within the chunk, or what the policy
+                makes of it, is not finite.
         """
-        if not bool(torch.isfinite(actions).all()):
-            raise self._broken(int((~torch.isfinite(actions).all(1)).nonzero()[0]), "the action")
+        self._check("the action", actions[:, None].cpu().numpy())
         decided = self.space.decide(self._context, actions, self._fresh, self._base)
         if self._base is None:
             self.evaluations += len(self) * self.space.steps
         taken = [one.float().cpu().numpy() for one in (decided.actions, decided.noise, decided.base, decided.chunk)]
+        self._check("the flow's chunk", taken[2][:, None])  # not what is executed: limits make a number of infinity
         features = self._features() if self.recording else None
         batch = self.env.execute(taken[0])
+        self._check("the reward", batch.rewards)
+        self._check("the observation", batch.paths)
         for row in range(len(self)):
             self.history[row].append(Taken(*(one[row].copy() for one in taken)))
-        for what, values in (("the reward", batch.rewards), ("the observation", batch.observation)):
-            sound = np.isfinite(values).all(axis=1)
-            if not sound.all():
-                row = int(np.argmin(sound))
-                of_chunk = (
-                    int(np.argmin(np.isfinite(values[row]))) if what == "the reward" else int(batch.steps[row]) - 1
-                )
-                raise self._broken(row, what, of_chunk)
         if self.recording:
             self._record(range(len(self)), self._observation, features, batch)
         terminated = batch.terminated | batch.success
@@ -280,8 +286,7 @@ class SteeredRows:
             self._rngs[row] = generator(child_seed(seed, "policy"))
             self._observation[row] = batch.observation[row]
             self.history[row], self.decisions[row] = [], []
-            if not np.isfinite(batch.observation[row]).all():
-                raise self._broken(row, "the observation", -1)
+        self._check("the observation", self._observation[:, None], first=0)
         self._fresh[list(seeds)] = self._draw(list(seeds))
 
     def _draw(self, rows: Sequence[int]) -> Tensor:
@@ -299,8 +304,10 @@ class SteeredRows:
         """Encode the present observations, of which these rows are new; return what the learner sees."""
         self._encode(rows)
         inputs = self._inputs
+        self._check("what the policy makes of the observation", inputs[:, None].cpu().numpy())
         if self.space.show_base:
             self._base = self.space.denoise(self._context, self._fresh.to(self.space.device))
+            self._check("the flow's chunk", self._base[:, None].float().cpu().numpy())
             self.evaluations += len(self) * self.space.steps
             inputs = torch.cat([inputs, self._base.flatten(1)], dim=1)
         self.shown = inputs
@@ -340,13 +347,35 @@ class SteeredRows:
         """Return what a row's present episode descends from."""
         return child_seed(self.seeds[row], "online", self.episodes[row])
 
-    def _broken(self, row: int, what: str, of_chunk: int = 0) -> TrainingError:
-        done = max(0, len(self.history[row]) - (what != "the action"))
-        return TrainingError(
-            f"{what} of environment {row} ({self.env.spec.name}, seed {self.seed_of(row)}) is not finite at step "
-            f"{done * self.space.executed + of_chunk + 1} (chunk {done + 1}) of its episode {self.episodes[row]}. The last "
-            "checkpoint is safe; look at what the environment or the policy does there."
-        )
+    def _check(self, what: str, values: Iterable[npt.NDArray[Any]], first: int = 1) -> None:
+        """Check that what every row's coming chunk gave is finite: (T, ...) in its first T steps, which count from `first`."""
+        for row, of_row in enumerate(values):
+            sound = np.isfinite(of_row).reshape(len(of_row), -1).all(axis=1)
+            if not sound.all():
+                done, step = len(self.history[row]), int(np.argmin(sound)) + first
+                raise TrainingError(
+                    f"{what} of {self._named(row)} is not finite at step {done * self.space.executed + step} (chunk {done + 1}) "
+                    f"of its episode {self.episodes[row]}. The last checkpoint is safe; look at what the environment or the "
+                    "policy does there."
+                )
+
+    def _check_reached(self, reached: Array) -> None:
+        away = np.abs(self._observation - reached)
+        back = away <= REPEATED * np.maximum(1, np.abs(reached))  # not where either is no number
+        if not back.all():
+            row = int(np.argmin(back.all(axis=1)))
+            worst = int(np.argmax(away[row]))
+            raise TrainingError(
+                f"{self._named(row)} did not come back to where it was left: the {len(self.history[row])} chunks of its episode "
+                f"{self.episodes[row]} were executed again, and led elsewhere, in number {worst} of the observation by "
+                f"{away[row, worst]:.3g} ({self._observation[row, worst]:.6g}, and was {reached[row, worst]:.6g}). Its simulator "
+                "does not repeat itself, or is not the one that the run was begun with; expected the same numbers. The last "
+                "checkpoint is safe: go on with the versions, and on the machine, of before, or make the simulator depend on "
+                "its seed alone and begin a new run."
+            )
+
+    def _named(self, row: int) -> str:
+        return f"environment {row} ({self.env.spec.name}, seed {self.seed_of(row)})"
 
 
 def _spaces(rows: SteeredRows) -> tuple[Any, Any]:
