@@ -1,10 +1,11 @@
-"""How fast the SAC under DSRL learns, beside stable-baselines3's, whose fork the official torch code is.
+"""How fast the SAC under DSRL learns, beside stable-baselines3's, whose fork the official torch code is, and torchrl's.
 
+    pip install torchrl==0.14.1
     python benchmarks/speed/sac.py
 
 Updates of networks of the sizes that the official code, its configuration for pi0 and our preset have, batches of 256, 20 updates
 a call, at random transitions of cube-single's sizes: nothing is simulated and nothing is denoised. Ours have a layer norm more.
-Both by turns, the median of the rounds. Writes `sac.json` beside this file, and the table between its marks in the README.
+All by turns, the median of the rounds. Writes `sac.json` beside this file, and the table between its marks in the README.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ SIZES = (
 
 @dataclass(frozen=True)
 class Arguments:
-    """Measure updates a second, ours and stable-baselines3's."""
+    """Measure updates a second: ours, stable-baselines3's, torchrl's."""
 
     rounds: int = 3
     """Of each."""
@@ -129,6 +130,64 @@ def theirs(sizes: Networks, device: str) -> Callable[[], None]:
     return update
 
 
+def torchrls(sizes: Networks, device: str) -> Callable[[], None]:
+    """Return what makes 20 updates of torchrl's, as its own SAC script does, losses and gradients compiled."""
+    from tensordict import TensorDict
+    from tensordict.nn import NormalParamExtractor, TensorDictModule
+    from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+    from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
+    from torchrl.objectives import SACLoss, SoftUpdate
+
+    shape: dict[str, Any] = {
+        "num_cells": [sizes.width] * sizes.depth,
+        "activation_class": torch.nn.Tanh,
+        "device": device,
+    }
+    network = torch.nn.Sequential(MLP(FEATURES, 2 * LATENT, **shape), NormalParamExtractor())
+    limits = torch.full((LATENT,), BOUND, device=device)
+    actor = ProbabilisticActor(
+        TensorDictModule(network, in_keys=["observation"], out_keys=["loc", "scale"]),
+        in_keys=["loc", "scale"],
+        distribution_class=TanhNormal,
+        distribution_kwargs={"low": -limits, "high": limits},
+        return_log_prob=False,
+    )
+    critic = ValueOperator(MLP(FEATURES + LATENT, 1, **shape), in_keys=["observation", "action"])
+    loss = SACLoss(actor, critic, num_qvalue_nets=sizes.critics, target_entropy=-LATENT / 2, action_spec=None)
+    loss.make_value_estimator(gamma=0.99)
+    follow = SoftUpdate(loss, eps=0.995)
+    optimiser = torch.optim.Adam([one for one in loss.parameters() if one.requires_grad], lr=3e-4, fused=True)
+    rng = torch.Generator().manual_seed(0)
+    shown, following = torch.randn((2, TRANSITIONS, FEATURES), generator=rng)
+    none = torch.zeros((TRANSITIONS, 1), dtype=torch.bool)
+    kept = {
+        "observation": shown,
+        "action": BOUND * (2 * torch.rand((TRANSITIONS, LATENT), generator=rng) - 1),
+        "next": {
+            "observation": following,
+            "reward": torch.rand((TRANSITIONS, 1), generator=rng),
+            "done": none,
+            "terminated": none,
+        },
+    }
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(TRANSITIONS, device=device), batch_size=BATCH)
+    buffer.extend(TensorDict(kept, [TRANSITIONS]).to(device))
+
+    @torch.compile
+    def losses(batch: Any) -> Any:
+        found = loss(batch)
+        return found["loss_actor"] + found["loss_qvalue"] + found["loss_alpha"]
+
+    def update() -> None:
+        for _ in range(UPDATES):
+            optimiser.zero_grad()
+            losses(buffer.sample()).backward()
+            optimiser.step()
+            follow.step()
+
+    return update
+
+
 def seconds_of(call: Callable[[], None], calls: int, device: str) -> float:
     """Return what one call takes."""
     if device == "cuda":
@@ -142,13 +201,14 @@ def seconds_of(call: Callable[[], None], calls: int, device: str) -> float:
 
 
 def measure(sizes: Networks, device: str, arguments: Arguments) -> dict[str, Any]:
-    """Return updates a second of one seed: ours, ours with three seeds side by side, stable-baselines3's."""
+    """Return updates a second of one seed: ours, ours with three seeds side by side, and the others'."""
     torch.compiler.reset()
     calls = arguments.calls * (1 if sizes.width > 1000 else 10)
     makers = {
         "ours": ours(sizes, device, 1),
         "ours, three seeds": ours(sizes, device, SEEDS),
         "stable-baselines3": theirs(sizes, device),
+        "torchrl": torchrls(sizes, device),
     }
     for call in makers.values():  # compiled, and warm
         seconds_of(call, 1, device)
@@ -165,15 +225,18 @@ def measure(sizes: Networks, device: str, arguments: Arguments) -> dict[str, Any
 
 def table(found: list[dict[str, Any]]) -> str:
     """Write what was measured."""
-    heads = ["ours", "ours, three seeds", "stable-baselines3"]
+    heads = ["ours", "ours, three seeds", "stable-baselines3", "torchrl"]
     lines = [
-        "| sizes | networks | device | " + " | ".join(heads) + " | ours / stable-baselines3 | three seeds |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| sizes | networks | device | "
+        + " | ".join(heads)
+        + " | ours / stable-baselines3 | three seeds | ours / torchrl |",
+        "| --- | --- | --- |" + " ---: |" * (len(heads) + 3),
     ]
     for one in found:
         rates = one["updates_per_second"]
         cells = [one["sizes"], one["networks"], one["device"], *(f"{rates[name]:.3g}" for name in heads)]
         cells += [f"{rates[name] / rates['stable-baselines3']:.2f}" for name in heads[:2]]
+        cells.append(f"{rates['ours'] / rates['torchrl']:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

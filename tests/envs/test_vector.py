@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import pytest
 
-from counterflow.envs import VectorEnv, make_env
+from counterflow.envs import VectorEnv, make_env, vector
 from counterflow.envs.ogbench import OGBenchEnv
 from counterflow.errors import InvalidInputError, WorkerError
 
@@ -90,6 +90,18 @@ def test_a_killed_worker_is_reported_and_close_still_works() -> None:
         env.execute(np.zeros((2, 1, 5)))
     env.close()
     env.close()
+
+
+def test_a_worker_that_hangs_is_ended_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = make_env(NAME, 2, workers=2)
+    env.reset()
+    worker = env._workers[0]._process
+    os.kill(worker.pid, signal.SIGSTOP)
+    monkeypatch.setattr(vector, "PATIENCE", 0.5)
+    with pytest.raises(WorkerError, match=r"environments 0 to 0 did not answer within 0.5 s"):
+        env.execute(np.zeros((2, 1, 5)))
+    env.close()
+    assert worker.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("num_envs", [0, -1, 100_000])

@@ -27,6 +27,8 @@ from counterflow.errors import CounterflowError, InvalidInputError, UnknownNameE
 from counterflow.random import child_seed
 
 MakeTask = Callable[[], TaskEnv]
+PATIENCE = 600.0
+"""Seconds within which a worker has to answer: many times what the slowest scene takes to be made."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,12 @@ class _Worker:
 
     def receive(self) -> Any:
         try:
+            if not self._connection.poll(PATIENCE):
+                self._process.kill()
+                raise WorkerError(
+                    f"the worker process of environments {self.rows.start} to {self.rows.stop - 1} did not answer within "
+                    f"{PATIENCE:g} s, and was ended: its simulator hangs, or something stopped it. Make the environments anew."
+                )
             error, result = self._connection.recv()
         except (EOFError, OSError) as lost:
             raise self._death() from lost
@@ -142,7 +150,7 @@ class _Worker:
         except (BrokenPipeError, OSError):
             pass  # dead already
         if self._process.is_alive():
-            self._process.terminate()
+            self._process.kill()  # which a process that was stopped can't put off
             self._process.join()
         self._connection.close()
 

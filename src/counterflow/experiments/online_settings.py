@@ -199,7 +199,7 @@ PAPER_DSRL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"bound": 1.0, "latent": "repeated", "reward": "cost"},
     ),
     "aliasing": (
-        {"width": 2048, "depth": 3, "target_entropy": 0.0, "warmup": 1500},
+        {"width": 2048, "depth": 3, "target_entropy": 0.0, "warmup": 6_000},  # 1,500 of each environment
         {"bound": 1.5, "num_envs": 4, "reward": "cost"},
     ),
     "anchors": ({"members": 10, "aggregation": "mean"}, {"particles": 8, "spread": 0.5, "reward": "cost"}),
