@@ -29,7 +29,6 @@ DOCUMENTS = [
                 "offline-rl",
                 "put-it-on-a-robot",
                 "real-time-chunking",
-                "reinforcement-learning",
             )
         ),
     ],

@@ -39,6 +39,10 @@ class Steering:
     """What sample-and-rank compares by."""
     padding: Literal["fresh", "held", "reversed"] = "fresh"
     """Of flow reversal steering, the padded dimensions of a policy that has some: drawn afresh, held, or kept."""
+    latent: Literal["full", "low_rank", "repeated"] = "full"
+    """Of flow reversal steering, the shape of the noise that is executed; record in the shape that is to be learned."""
+    rank: int = 2
+    """Of --latent low_rank, how many coefficients over time."""
 
     def settings(self) -> MethodSettings:
         """Return the methods' settings."""

@@ -29,7 +29,8 @@ class Serve:
     """Serve a policy, steered or not, to robots that speak openpi's websocket protocol. Stop it with Ctrl-C or SIGTERM."""
 
     policy: tyro.conf.Positional[str]
-    """A shipped prior (cube-single, cube-double, scene, puzzle-3x3), a checkpoint, a run folder, or lerobot: and a hub id or folder."""
+    """A shipped prior (cube-single, cube-double, scene, puzzle-3x3, metaworld, libero), a checkpoint, a run folder, or
+    lerobot: and a hub id or folder."""
     steer: SteerName | LearnedName = "frs"
     """How it follows the references that clients send; dsbc, bc: what 'counterflow distill' learned, actor, anchors: what
     online learning made, see --noise-policy. A request without a reference gets what the policy does by

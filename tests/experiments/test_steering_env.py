@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -10,12 +12,15 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
+import counterflow
 from counterflow.envs import VectorEnv
 from counterflow.errors import InvalidInputError, TrainingError
+from counterflow.experiments import steering_env
 from counterflow.experiments.steering_env import SteeredRows, SteeringEnv, SteeringVectorEnv
 from counterflow.policies import ActionSpec, FieldPolicy, FlowPolicy
 from counterflow.steering import SteeringSpace
 
+GUIDE = Path(__file__).parents[2] / "docs" / "reinforcement-learning.md"
 TOWARDS = torch.full((1, 4), 1.5)
 
 
@@ -229,17 +234,40 @@ def test_numbers_out_of_range(plane: Any, prior: FlowPolicy) -> None:
         SteeredRows(plane(), SteeringSpace(prior), [0], discount=0.0)
 
 
-def test_stable_baselines_learns_on_it(plane: Any, prior: FlowPolicy) -> None:
-    """Two hundred chunks of SAC: the replay holds what happened, and the policy's weights move."""
-    sb3 = pytest.importorskip("stable_baselines3")
-    env = SteeringEnv(plane(), SteeringSpace(prior, "both", residual_bound=0.1))
-    model = sb3.SAC(
-        "MlpPolicy", env, learning_starts=20, batch_size=16, buffer_size=300, seed=0, policy_kwargs={"net_arch": [8]}
-    )
-    before = {name: value.clone() for name, value in model.policy.actor.state_dict().items()}
+def typed(chunks: int) -> dict[str, Any]:
+    """Do what the guide shows of stable-baselines3, with so many chunks; return the names that it leaves."""
+    pytest.importorskip("stable_baselines3")
+    (shown,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), flags=re.DOTALL)
+    lines, changed = re.subn(r"(?<=model\.learn\()[\d_]+", str(chunks), shown)
+    assert changed == 1
+    names: dict[str, Any] = {}
+    exec(compile(lines, GUIDE.name, "exec"), names)
+    return names
+
+
+def test_stable_baselines_learns_on_it(plane: Any, prior: FlowPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guide's lines, a point on a plane in the place of their task: the policy finds the goal that it hardly found before."""
+    monkeypatch.setattr(counterflow, "load", lambda name: prior, raising=False)
+    monkeypatch.setattr(steering_env, "make_env", lambda *given, **options: plane())
+
+    def successes(model: Any) -> int:
+        env, found = SteeringEnv(plane(), prior, seed=7), 0
+        for _ in range(20):
+            (shown, _), done = env.reset(), False
+            while not done:
+                shown, _, terminated, truncated, info = env.step(model.predict(shown)[0])
+                done = terminated or truncated
+            found += bool(info["success"])
+        return found
+
     frozen = {name: value.clone() for name, value in prior.state_dict().items()}
-    model.learn(120)
-    assert model.replay_buffer.size() == 120
+    assert successes(typed(1)["model"]) <= 6
+    model = typed(250)["model"]
+    assert successes(model) >= 18
+    assert model.replay_buffer.size() == 250
     assert not model.replay_buffer.dones.all()
-    assert any(not torch.equal(value, before[name]) for name, value in model.policy.actor.state_dict().items())
     assert all(torch.equal(value, frozen[name]) for name, value in prior.state_dict().items())
+
+
+def test_the_guides_lines_of_stable_baselines_are_right_for_a_benchmark() -> None:
+    assert typed(25)["model"].num_timesteps == 25

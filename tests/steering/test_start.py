@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -13,7 +14,15 @@ from torch import Tensor
 from counterflow.errors import InvalidInputError
 from counterflow.policies import ActionSpec, FieldPolicy
 from counterflow.random import RowGenerators, generator
-from counterflow.steering import FlowReversal, Gaussian, PartialNoising, Reference, SteeredPolicy, SteeringContext
+from counterflow.steering import (
+    FlowReversal,
+    Gaussian,
+    LatentShape,
+    PartialNoising,
+    Reference,
+    SteeredPolicy,
+    SteeringContext,
+)
 
 
 def context(means: Tensor, reference: Reference | None = None) -> SteeringContext:
@@ -102,6 +111,29 @@ class TestFlowReversal:
         means = torch.zeros(500)
         noise, _ = FlowReversal(5, perturbation=0.5)(prior, context(means, reference(means)), generator(0))
         assert noise.std(0).mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+class TestShapesOfReversedNoise:
+    @pytest.mark.parametrize(
+        "latent", [LatentShape("repeated"), LatentShape("low_rank", 1), LatentShape("low_rank", 2, "zero")]
+    )
+    def test_what_is_executed_is_the_nearest_noise_of_the_shape(
+        self, prior: FieldPolicy, means: Tensor, latent: LatentShape
+    ) -> None:
+        rising = Reference.of(torch.linspace(0.4, 1.2, 12).square().view(1, 3, 4).expand(5, 3, 4).contiguous())
+        active = torch.tensor([True, True, True, True, False])
+        given = dataclasses.replace(rising, active=active)
+        full, _ = FlowReversal(5)(prior, context(means, given), RowGenerators(range(5)))
+        shaped, _ = FlowReversal(5, latent=latent)(prior, context(means, given), RowGenerators(range(5)))
+        torch.testing.assert_close(latent.project(shaped)[:4], latent.project(full)[:4])
+        assert not torch.allclose(shaped[:4], full[:4], atol=1e-2)
+        assert torch.equal(shaped[4], full[4])  # nobody speaks: the prior's own
+        fresh = RowGenerators(range(5)).normal((5, 3, 4))
+        torch.testing.assert_close(shaped[:4], latent.expand(latent.project(full), 3, fresh)[:4])
+
+    def test_only_noise_has_a_shape(self) -> None:
+        with pytest.raises(InvalidInputError, match="expected depth 1"):
+            FlowReversal(5, depth=0.5, latent=LatentShape("repeated"))
 
 
 class TestPartialNoising:

@@ -39,7 +39,7 @@ EVALUATED = "evaluation_episodes"  # the entry of the metrics that says how many
 RECENT = 20
 """Episodes over which success in training is reported."""
 MUCH = 0.2
-"""The share of the prior's numbers beyond a bound, from which on a start within it is not the prior's law (a bound of 1.3 has it)."""
+"""From this share of its numbers beyond a bound on, what starts within it is not the prior's law (a bound of 1.3 has it)."""
 
 
 @dataclass
@@ -460,9 +460,9 @@ class OnlineLoop:
                 )
             elif not told["tells"] and changed:
                 warnings.warn(
-                    f"the base policy succeeds in {base.successes} of {count} episodes, too few to tell whether its steered start, "
-                    f"{said}, does worse, and its noises are not the prior's any more ({changed}): the first success may never "
-                    f"come. Compare them in more episodes (start_episodes). {cure}",
+                    f"the base policy succeeds in {base.successes} of {count} episodes, too few to tell whether its steered "
+                    f"start, {said}, does worse, and its noises are not the prior's any more ({changed}): the first success "
+                    f"may never come. Compare them in more episodes (start_episodes). {cure}",
                     stacklevel=2,
                 )
             self.rows.resume([0] * len(self.rows), [[] for _ in self.rows.seeds], reached=left)

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from counterflow.errors import MismatchError, UnknownNameError
 from counterflow.policies import BasePolicy
 from counterflow.steering.edit import ExecuteReference, NearestToReference
+from counterflow.steering.latent import LatentKind, LatentShape
 from counterflow.steering.start import FlowReversal, Padding, PartialNoising
 from counterflow.steering.steered import SteeredPolicy, check_steps
 
@@ -26,6 +27,8 @@ class MethodSettings:
         candidates: n of sample-and-rank.
         distance: of sample-and-rank, "cosine" or "l2".
         padding: of FRS, what becomes of padded dimensions: "fresh", "held" or "reversed".
+        latent: of FRS, the shape of the noise that is executed: "full", "low_rank" or "repeated".
+        rank: of "low_rank".
     """
 
     steps: int = 10
@@ -35,6 +38,8 @@ class MethodSettings:
     candidates: int = 16
     distance: Literal["cosine", "l2"] = "cosine"
     padding: Padding = "fresh"
+    latent: LatentKind = "full"
+    rank: int = 2
 
 
 def steer(base: BasePolicy, method: str, settings: MethodSettings | None = None) -> SteeredPolicy:
@@ -58,7 +63,12 @@ def steer(base: BasePolicy, method: str, settings: MethodSettings | None = None)
     if method == "direct":
         return SteeredPolicy(base, edit=ExecuteReference(), steps=settings.steps)
     if method == "frs":
-        start = FlowReversal(settings.reversal_steps, perturbation=settings.perturbation, padding=settings.padding)
+        start = FlowReversal(
+            settings.reversal_steps,
+            perturbation=settings.perturbation,
+            padding=settings.padding,
+            latent=LatentShape(settings.latent, settings.rank),
+        )
         return SteeredPolicy(base, start=start, steps=settings.reversal_steps)
     if method == "partial":
         noising = PartialNoising(settings.tau)

@@ -19,6 +19,7 @@ from counterflow.flow.field import per_row
 from counterflow.policies import BasePolicy, bind
 from counterflow.random import RowGenerators, draw_normal, draw_prior
 from counterflow.steering.context import Reference, SteeringContext
+from counterflow.steering.latent import FULL, LatentShape
 
 Rng = torch.Generator | RowGenerators
 Padding = Literal["fresh", "held", "reversed"]
@@ -70,6 +71,9 @@ class FlowReversal:
             they are reversed along and then drawn afresh (the paper's in-painting); "held": all the way back they stay on
             the straight path between fresh noise and the zeros of training, so that the network never sees them drift;
             "reversed": they keep what reversal gave. It makes no difference where nothing is padded.
+        latent: the shape in which the noise is executed, the nearest one to what reversal gave: what is to be learned in a shape
+            has to be shown in it (of "repeated" the mean over the chunk, as in the paper's distillation). Rows where nobody
+            speaks keep the prior's own.
 
     Raises:
         InvalidInputError: a setting is out of range.
@@ -80,9 +84,15 @@ class FlowReversal:
     depth: float = 1.0
     perturbation: float = 0.0
     padding: Padding = "fresh"
+    latent: LatentShape = FULL
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        if self.latent != FULL and self.depth != 1:
+            raise InvalidInputError(
+                f"FlowReversal depth is {self.depth} and the latent's shape {self.latent.kind!r}; expected depth 1: only noise "
+                "has a shape."
+            )
         if self.padding not in get_args(Padding):
             raise InvalidInputError(
                 f"FlowReversal padding is {self.padding!r}; expected 'fresh', 'held' or 'reversed'."
@@ -118,6 +128,9 @@ class FlowReversal:
         start = torch.where(reference.active, 1.0 - self.depth, 0.0).to(fresh)
         kept = reference.spoken if self.depth == 1 else reference.active[:, None, None]
         state = torch.where(kept, reversed_noise, fresh)
+        if self.latent != FULL:
+            shaped = self.latent.expand(self.latent.project(state), state.shape[1], fresh)
+            state = torch.where(reference.active[:, None, None], shaped, state)
         if policy.action_spec.padding:
             # At time t the padding of a sample is (1 - t) times its noise: it was trained to become zero.
             new = per_row(1.0 - start, fresh) * fresh
