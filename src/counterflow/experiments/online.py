@@ -6,7 +6,7 @@
                                                         place anchors.safetensors: `counterflow.steering.steer_anchors`
     runs/<name>/start.json                              what the noise bound cuts off, what latents keep of recorded noises, and
                                                         how the start compares with the base
-    runs/<name>/results.json                            learning curves, with intervals over all seeds' episodes, and the ledger:
+    runs/<name>/results.json                            learning curves, with intervals over seeds, and the ledger:
                                                         steps, evaluations, queries, seconds
     runs/<name>/figures/learning-curve.png              the curve, once the run is finished
 

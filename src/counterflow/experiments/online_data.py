@@ -75,8 +75,8 @@ class Prefilled:
             f"of the power of the {len(self.recorded)} recorded noises that the replay begins with, latents "
             f"{space.latent.kind!r} with bound {space.bound} keep {100 * self.noises_kept:.0f}%: it says of these latents what "
             "larger or other noises did. Use latent 'full', or a larger bound (--bound; start.json has a suggested_bound where "
-            "episodes succeeded), or record with such latents ('counterflow train dsrl --record', or 'counterflow record --steer "
-            "actor').",
+            "episodes succeeded), or record with such latents ('counterflow record --latent', or 'counterflow train dsrl "
+            "--record').",
             stacklevel=2,
         )
 
