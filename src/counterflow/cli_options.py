@@ -40,8 +40,8 @@ class Steering:
     padding: Literal["fresh", "held", "reversed"] = "fresh"
     """Of flow reversal steering, the padded dimensions of a policy that has some: drawn afresh, held, or kept."""
     latent: Literal["full", "low_rank", "repeated"] = "full"
-    """Of flow reversal steering, the shape of the noise that is executed; record in the shape that is to be learned."""
-    rank: int = 2
+    """Of flow reversal steering, the shape of the noise that is executed: what a learner of that shape can say."""
+    latent_rank: int = 2
     """Of --latent low_rank, how many coefficients over time."""
 
     def settings(self) -> MethodSettings:

@@ -769,16 +769,25 @@ class TestPrefill:
         both = recorded(tmp_path / "both", prior, plane, 2)
         with pytest.raises(MismatchError, match=r"method 'right', .*'base'.*--steer base --steps 3 .*--no-every-step"):
             train("residual", out, settings, prefill_from=both)
-        for name, about in (("first", {"recording": "dagger"}), ("second", {"algorithm": "rfs"})):
-            helped = recorded(tmp_path / name, prior, plane, 2, bases=True, **about)
-            with pytest.raises(MismatchError, match="rfs" if name == "second" else "dagger"):
+        steered: tuple[dict[str, str], ...] = (
+            {"recording": "dagger"},
+            {"algorithm": "rfs"},
+            {"method": "actor", "ports": "both"},
+        )
+        for number, about in enumerate(steered):
+            helped = recorded(tmp_path / f"{number}", prior, plane, 2, only="right", bases=True, **about)
+            with pytest.raises(MismatchError, match=("dagger", "rfs", "actor")[number]):
                 train("residual", out, settings, prefill_from=helped)
         assert not out.exists()
         base = recorded(tmp_path / "base", prior, plane, 2, only="base")
         assert train("residual", out, settings, prefill_from=base).decisions_done == 8
         assert "noises_kept" not in json.loads((out / "start.json").read_text())["prefill"]
-        beside = recorded(tmp_path / "beside", prior, plane, 2, bases=True)
-        assert len(prefill(beside, RUN.space("residual", prior), "plane").recorded)
+        for name, about in (
+            ("beside", {"algorithm": "residual"}),
+            ("learned", {"method": "actor", "ports": "residual"}),
+        ):
+            beside = recorded(tmp_path / name, prior, plane, 2, only="right", bases=True, **about)
+            assert len(prefill(beside, RUN.space("residual", prior), "plane").recorded)
 
     def test_what_is_prefilled_leaves_room(self, world: None, plane: Any, prior: FlowPolicy, tmp_path: Path) -> None:
         path, out = recorded(tmp_path / "data", prior, plane), tmp_path / "run"

@@ -21,7 +21,7 @@ from counterflow.experiments.rollout import run_episodes
 from counterflow.flow import denoise
 from counterflow.policies import ActionSpec, FieldPolicy, bind, load
 from counterflow.random import child_seed
-from counterflow.steering import ActorConfig, MethodSettings, SteeringActor, SteeringSpace, binding_of
+from counterflow.steering import ActorConfig, LatentShape, MethodSettings, SteeringActor, SteeringSpace, binding_of
 
 TASK = "ogbench/cube-single-task1"
 
@@ -313,6 +313,27 @@ class TestMethods:
         assert episode.success
         assert "step_observations" in episode.arrays
         assert not {"step_noise", "step_features", "step_chunks"} & set(episode.arrays)
+
+    @pytest.mark.parametrize(("latent", "noted"), [("repeated", {}), ("low_rank", {"latent_rank": 2})])
+    def test_noises_in_a_latents_shape(self, latent: Any, noted: dict[str, int], patched: None, tmp_path: Path) -> None:
+        settings = MethodSettings(latent=latent)
+        made = make(tmp_path, successes=1, max_episodes=1, settings=settings)
+        dataset = SteeringDataset.load(made.path)
+        (episode,), (provenance,) = dataset.episodes, dataset.sources.values()
+        assert provenance["settings"] == {"reversal_steps": 5, "perturbation": 0.0, "latent": latent, **noted}
+        noise = torch.from_numpy(episode.arrays["noise"])[episode.arrays["active"]]
+        if latent == "repeated":
+            assert torch.equal(noise, noise[:, :1].expand_as(noise))
+        else:
+            steered = LatentShape("low_rank", 2)
+            assert not torch.allclose(
+                noise, steered.expand(steered.project(noise), 5), atol=0.1
+            )  # the rest is the prior's
+        assert "step_noise" not in episode.arrays  # no inversion finds noises of the shape
+        made_again = redenoised(episode.arrays["observations"], episode.arrays["noise"], 5)
+        np.testing.assert_allclose(made_again, episode.arrays["chunks"], atol=1e-4)
+        with pytest.raises(InvalidInputError, match=f"latent '{latent}' .* in 8 steps"):
+            make(tmp_path / "other", settings=settings, noise_steps=8)
 
     def test_a_failed_episode_has_none(self, short: None, tmp_path: Path) -> None:
         (episode,) = failed(tmp_path, "frs")

@@ -47,7 +47,7 @@ class TestSettings:
             ("base", {"steps": 3}),
             ("frs", {"reversal_steps": 3}),
             ("frs", {"perturbation": 0.5}),
-            ("frs", {"latent": "low_rank", "rank": 1}),
+            ("frs", {"latent": "low_rank", "latent_rank": 1}),
             ("partial", {"tau": 0.8}),
             ("rank", {"candidates": 2}),
             ("rank", {"distance": "l2"}),

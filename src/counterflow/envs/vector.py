@@ -27,7 +27,7 @@ from counterflow.errors import CounterflowError, InvalidInputError, UnknownNameE
 from counterflow.random import child_seed
 
 MakeTask = Callable[[], TaskEnv]
-PATIENCE = 600.0
+PATIENCE = 600
 """Seconds within which a worker has to answer: many times what the slowest scene takes to be made."""
 
 
@@ -129,11 +129,12 @@ class _Worker:
 
     def receive(self) -> Any:
         try:
-            if not self._connection.poll(PATIENCE):
+            # A second at a time, so that a run that was paused as a whole, its worker with it, has lost no more than one.
+            if not any(self._connection.poll(1.0) for _ in range(PATIENCE)):
                 self._process.kill()
                 raise WorkerError(
                     f"the worker process of environments {self.rows.start} to {self.rows.stop - 1} did not answer within "
-                    f"{PATIENCE:g} s, and was ended: its simulator hangs, or something stopped it. Make the environments anew."
+                    f"{PATIENCE} s, and was ended: its simulator hangs, or something stopped it. Make the environments anew."
                 )
             error, result = self._connection.recv()
         except (EOFError, OSError) as lost:

@@ -428,7 +428,7 @@ def own_settings(method: str, settings: MethodSettings) -> dict[str, Any]:
             # Left out where it is the default, so that recordings made before it was known go on.
             **({} if settings.padding == "fresh" else {"padding": settings.padding}),
             **({} if settings.latent == "full" else {"latent": settings.latent}),
-            **({"rank": settings.rank} if settings.latent == "low_rank" else {}),
+            **({"latent_rank": settings.latent_rank} if settings.latent == "low_rank" else {}),
         },
         "partial": {"steps": settings.steps, "tau": settings.tau},
         "rank": {"steps": settings.steps, "candidates": settings.candidates, "distance": settings.distance},

@@ -202,11 +202,11 @@ def prefill(
 def _is_the_bases(source: Mapping[str, Any], arrays: Mapping[str, Any]) -> bool:
     """Return whether the base's chunks are there, from the prior's own noise, beside what was executed or as it.
 
-    Of corrected noise policies and of RFS `base_chunks` come of latents that were steered.
+    Of corrected noise policies, and where a latent is decided on beside the residual, `base_chunks` come of steered noise.
     """
     if "base_chunks" not in arrays:
         return source.get("method") == "base"
-    return source.get("recording") not in ("dagger", "cockpit") and source.get("algorithm") != "rfs"
+    return source.get("algorithm") == "residual" or source.get("ports") == "residual"
 
 
 def _kept(space: SteeringSpace, actions: Tensor, noises: Tensor) -> float:

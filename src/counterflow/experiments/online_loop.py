@@ -39,7 +39,7 @@ EVALUATED = "evaluation_episodes"  # the entry of the metrics that says how many
 RECENT = 20
 """Episodes over which success in training is reported."""
 MUCH = 0.2
-"""From this share of its numbers beyond a bound on, what starts within it is not the prior's law (a bound of 1.3 has it)."""
+"""From this share of its numbers beyond a bound on, what starts within it is not the prior's law (a bound of 1.28 has it)."""
 
 
 @dataclass
@@ -268,7 +268,6 @@ class OnlineLoop:
     def _evaluate(self, count: int) -> None:
         """Evaluate every seed for `count` episodes in the environments at hand, and put these back to where they were."""
         episodes, history = list(self.rows.episodes), [list(one) for one in self.rows.history]
-        left = self.rows.observation.copy()
         seeds = [child_seed(child_seed(0, "validation"), "episode", index) for index in range(count)]
         told: dict[str, float] = {EVALUATED: float(count)}
         for index, seed in enumerate(self.seeds):
@@ -278,7 +277,7 @@ class OnlineLoop:
             self.success[seed] = rate
             told[f"success/seed-{seed}"] = rate
             told[f"environment_steps/seed-{seed}"] = float(self.steps_of[index])
-        self.rows.resume(episodes, history, reached=left)
+        self.rows.resume(episodes, history)
         self.rows.evaluations, self.agent.evaluations, self.agent.queries = 0, 0.0, 0.0  # of no account to the learning
         self.folder.report(self.decision, **told)
         self._write_results()
@@ -439,7 +438,6 @@ class OnlineLoop:
             told["prefill"] = self.data.describe()
         if settings.start_episodes:
             seeds = [child_seed(child_seed(0, "start"), index) for index in range(settings.start_episodes)]
-            left = self.rows.observation.copy()
             start, said, cure = self._start()
             changed = "" if self._is_taught else _changed(space)
             policies = {"base": SteeredPolicy(space.policy, steps=space.steps), "start": start}
@@ -465,7 +463,7 @@ class OnlineLoop:
                     f"may never come. Compare them in more episodes (start_episodes). {cure}",
                     stacklevel=2,
                 )
-            self.rows.resume([0] * len(self.rows), [[] for _ in self.rows.seeds], reached=left)
+            self.rows.resume([0] * len(self.rows), [[] for _ in self.rows.seeds])
             self.rows.evaluations = 0
         write_json(self.folder.folder / "start.json", told)
 

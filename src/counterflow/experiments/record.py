@@ -34,7 +34,7 @@ from counterflow.experiments.rollout import Decision, Episode, run_episodes
 from counterflow.experiments.sight import check_on_states, looks
 from counterflow.policies import BasePolicy
 from counterflow.random import check_seed, child_seed
-from counterflow.steering import MethodSettings, binding_of
+from counterflow.steering import MethodSettings, SteeringActor, binding_of
 from counterflow.steering.steered import check_steps
 
 SMALLEST_WAVE = 8  # episodes; fewer would leave the environments idle
@@ -99,7 +99,8 @@ def record(
         max_episodes: after how many episodes to give up; None: ten times as many as successes, and twenty more.
         every_step: also find, for successful episodes, the noise of the actions that were executed from every step on: as
             many more examples as a chunk has actions, for one inversion an episode. Not of a policy that looks through cameras,
-            whose pictures are drawn where it decides: a recording keeps its features of them.
+            whose pictures are drawn where it decides: a recording keeps its features of them; and not where FRS executes
+            its noise in a latent's shape, which an inversion doesn't find.
         inversion: how that noise is found (`InversionSettings`).
         noise_steps: the Euler steps in which the noises that are kept will be denoised; None: the method's own. For others every
             noise is found by inversion: FRS may want more steps than what learns from it can pay for at every decision.
@@ -139,7 +140,13 @@ def record(
     if not has_noise:
         hint = "Record with 'frs', 'base', 'rank' or 'dsbc', and their own steps."
         check_on_states(prior, f"the noise of the chunks of {method!r} is found by inversion", hint)
-    every_step = every_step and not looks(prior)
+    shaped = method == "frs" and settings.latent != "full"
+    if shaped and not has_noise:
+        raise InvalidInputError(
+            f"noises of latent {settings.latent!r} were asked for in {noise_steps} steps, where the method has {own_steps}: they "
+            "would be found by inversion, which knows no shape; expected the method's own steps. Leave noise_steps out."
+        )
+    every_step = every_step and not looks(prior) and not shaped
     asked = asks(method, learned)
     of_steps = InversionSettings.of(inversion, binding.steps)
     provenance = {
@@ -154,6 +161,8 @@ def record(
     }
     if learned is not None:
         provenance |= {"learned": learned.fingerprint}
+    if isinstance(learned, SteeringActor) and steered.edits:
+        provenance |= {"ports": learned.config.ports}
     if noise_steps is not None:  # noted only there, so that recordings made before go on
         provenance |= {"noise_steps": noise_steps}
     spec = prior.action_spec

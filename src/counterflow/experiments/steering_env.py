@@ -304,10 +304,10 @@ class SteeredRows:
         """Encode the present observations, of which these rows are new; return what the learner sees."""
         self._encode(rows)
         inputs = self._inputs
-        self._check("what the policy makes of the observation", inputs[:, None].cpu().numpy())
+        self._check_made("what the policy makes of the observation", inputs)
         if self.space.show_base:
             self._base = self.space.denoise(self._context, self._fresh.to(self.space.device))
-            self._check("the flow's chunk", self._base[:, None].float().cpu().numpy())
+            self._check_made("the flow's chunk", self._base)
             self.evaluations += len(self) * self.space.steps
             inputs = torch.cat([inputs, self._base.flatten(1)], dim=1)
         self.shown = inputs
@@ -359,6 +359,11 @@ class SteeredRows:
                     "policy does there."
                 )
 
+    def _check_made(self, what: str, values: Tensor) -> None:
+        """Check what the policy made for every row's coming chunk, (N, ...), of which no more than N answers leave the device."""
+        sound = torch.isfinite(values).flatten(1).all(1).cpu().numpy()
+        self._check(what, np.where(sound, 0.0, np.nan)[:, None])
+
     def _check_reached(self, reached: Array) -> None:
         away = np.abs(self._observation - reached)
         back = away <= REPEATED * np.maximum(1, np.abs(reached))  # not where either is no number
@@ -370,8 +375,8 @@ class SteeredRows:
                 f"{self.episodes[row]} were executed again, and led elsewhere, in number {worst} of the observation by "
                 f"{away[row, worst]:.3g} ({self._observation[row, worst]:.6g}, and was {reached[row, worst]:.6g}). Its simulator "
                 "does not repeat itself, or is not the one that the run was begun with; expected the same numbers. The last "
-                "checkpoint is safe: go on with the versions, and on the machine, of before, or make the simulator depend on "
-                "its seed alone and begin a new run."
+                "checkpoint is safe, and so is what was learned until then: go on with the versions, and on the machine, of "
+                "before, or make the simulator depend on its seed alone and begin a new run."
             )
 
     def _named(self, row: int) -> str:

@@ -28,7 +28,7 @@ class MethodSettings:
         distance: of sample-and-rank, "cosine" or "l2".
         padding: of FRS, what becomes of padded dimensions: "fresh", "held" or "reversed".
         latent: of FRS, the shape of the noise that is executed: "full", "low_rank" or "repeated".
-        rank: of "low_rank".
+        latent_rank: of "low_rank".
     """
 
     steps: int = 10
@@ -39,7 +39,7 @@ class MethodSettings:
     distance: Literal["cosine", "l2"] = "cosine"
     padding: Padding = "fresh"
     latent: LatentKind = "full"
-    rank: int = 2
+    latent_rank: int = 2
 
 
 def steer(base: BasePolicy, method: str, settings: MethodSettings | None = None) -> SteeredPolicy:
@@ -67,7 +67,7 @@ def steer(base: BasePolicy, method: str, settings: MethodSettings | None = None)
             settings.reversal_steps,
             perturbation=settings.perturbation,
             padding=settings.padding,
-            latent=LatentShape(settings.latent, settings.rank),
+            latent=LatentShape(settings.latent, settings.latent_rank),
         )
         return SteeredPolicy(base, start=start, steps=settings.reversal_steps)
     if method == "partial":

@@ -88,7 +88,7 @@ class FlowReversal:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        if self.latent != FULL and self.depth != 1:
+        if self.latent.kind != "full" and self.depth != 1:
             raise InvalidInputError(
                 f"FlowReversal depth is {self.depth} and the latent's shape {self.latent.kind!r}; expected depth 1: only noise "
                 "has a shape."
@@ -128,7 +128,7 @@ class FlowReversal:
         start = torch.where(reference.active, 1.0 - self.depth, 0.0).to(fresh)
         kept = reference.spoken if self.depth == 1 else reference.active[:, None, None]
         state = torch.where(kept, reversed_noise, fresh)
-        if self.latent != FULL:
+        if self.latent.kind != "full":
             shaped = self.latent.expand(self.latent.project(state), state.shape[1], fresh)
             state = torch.where(reference.active[:, None, None], shaped, state)
         if policy.action_spec.padding:
