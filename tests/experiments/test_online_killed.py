@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -64,8 +65,8 @@ def killed(out: Path, decision: int, later: float) -> int:
     metrics = out / "metrics.jsonl"
     with subprocess.Popen([sys.executable, __file__, str(out)], env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
         while process.poll() is None:
-            reported = metrics.read_text().splitlines()[-1:] if metrics.exists() else []
-            if reported and f'"step": {decision},' in reported[0]:
+            reported = re.findall(r'"step": (\d+),', metrics.read_text()) if metrics.exists() else []
+            if reported and int(reported[-1]) >= decision:
                 time.sleep(later)
                 process.kill()
                 break

@@ -555,5 +555,6 @@ def _episodes_note(rates: Iterable[Rate]) -> str:
     if not counts:
         return "Intervals: 95%."
     episodes = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    across = any(len(several) > 1 for several in seeds)
-    return f"{episodes} episodes each{' seed' if across else ''}; intervals: 95%, {'across seeds' if across else 'Wilson'}."
+    if any(len(several) > 1 for several in seeds):
+        return f"{episodes} episodes each seed; intervals: 95%, across seeds (of one policy Wilson)."
+    return f"{episodes} episodes each; intervals: 95%, Wilson."
