@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from counterflow.errors import InvalidInputError, MismatchError, UnknownNameError
 from counterflow.policies import ActionLayout, ActionSpec, Normaliser
 from counterflow.reasoners import OGBENCH, PAPER, Convention, Direction, to_reference
+from counterflow.steering.context import LARGEST_REFERENCE
 
 LAYOUT = ActionLayout(translation=(0, 1, 2), rotation=(3,), gripper=4)
 PLAIN = ActionSpec(5, 5, (-1.0,) * 5, (1.0,) * 5, layout=LAYOUT)
@@ -70,6 +72,13 @@ class TestOurConvention:
     def test_commands_stay_within_the_limits(self) -> None:
         reference = to_reference([Direction((1, 0, 0), gripper="close")], PLAIN, Convention(2.0, gripper_magnitude=3.0))
         assert reference.chunk.max() == 1.0
+
+    def test_a_dimension_that_never_moved_in_the_policys_data_is_asked_for_as_far_as_a_reference_goes(self) -> None:
+        scale = torch.tensor([0.5, 1e-3, 0.5, 0.5, 1e-3])
+        still = dataclasses.replace(PLAIN, normaliser=Normaliser(torch.zeros(5), scale))
+        chunk = to_reference([Direction((0.0, 1.0, 1.0))], still).chunk
+        assert chunk[0, 0, 1] == LARGEST_REFERENCE
+        assert 0 < chunk[0, 0, 2] < LARGEST_REFERENCE
 
     def test_a_gripper_that_opens_with_positive_values(self) -> None:
         spec = ActionSpec(5, 5, layout=ActionLayout((0, 1, 2), (3,), 4, gripper_close_sign=-1))

@@ -19,6 +19,7 @@ from counterflow.checks import COUNT, Range, check_name
 from counterflow.errors import InvalidInputError, MismatchError
 from counterflow.policies import ActionSpec
 from counterflow.steering import Reference
+from counterflow.steering.context import LARGEST_REFERENCE
 
 GripperCommand = Literal["policy", "hold", "open", "close"]
 View = Mapping[str, npt.NDArray[Any]]
@@ -143,6 +144,9 @@ def to_reference(directions: Sequence[Direction], spec: ActionSpec, convention: 
     else:
         chunk = spec.normalise(raw)
         chunk[:, axes] = translation[:, : len(axes)]
+    # Of a dimension that hardly moved in the policy's data, and is normalised by that, any motion lies hundreds of units away: as
+    # far as a reference may go says the same to a policy that never moves it.
+    chunk = chunk.clamp(-LARGEST_REFERENCE, LARGEST_REFERENCE)
     active = torch.tensor([not direction.defer for direction in directions], dtype=torch.bool)
     whole = chunk[:, None, :dims].expand(rows, spec.horizon, dims).clone()
     return Reference.of(whole, active, steered).within(spec)
