@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from counterflow.errors import InvalidInputError
-from counterflow.experiments.statistics import Difference, MeanRate, SeedsRate, SuccessRate, wilson_interval
+from counterflow.experiments.statistics import Difference, MeanRate, SeedsRate, SuccessRate, tells, wilson_interval
 
 
 @st.composite
@@ -268,3 +268,10 @@ def test_results_are_written_as_json_and_as_text() -> None:
     difference = Difference(SuccessRate(56, 70), SuccessRate(48, 80))
     assert str(difference) == "+20.0 [+5.2, +33.4]"
     assert json.loads(json.dumps(difference.to_json()))["ci95"] == pytest.approx([0.0524, 0.3339], abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("successes", "episodes", "told"), [(1, 20, False), (4, 20, False), (5, 20, True), (1, 1, False)]
+)
+def test_a_base_that_hardly_succeeds_tells_nothing(successes: int, episodes: int, told: bool) -> None:
+    assert tells(SuccessRate(successes, episodes)) == told

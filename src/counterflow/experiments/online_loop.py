@@ -23,11 +23,10 @@ from counterflow.experiments.online_agents import Agent, OffPolicyAgent, RFSAgen
 from counterflow.experiments.online_data import Prefilled, Recording
 from counterflow.experiments.online_settings import Config, OnlineRun
 from counterflow.experiments.online_teaching import Teachers
-from counterflow.experiments.probe import tells
 from counterflow.experiments.record import arrays_of
 from counterflow.experiments.rollout import run_episodes
 from counterflow.experiments.run import Run
-from counterflow.experiments.statistics import SeedsRate, SuccessRate
+from counterflow.experiments.statistics import SeedsRate, SuccessRate, tells
 from counterflow.experiments.steering_env import SteeredRows, Taken
 from counterflow.files import write_json
 from counterflow.learning.dsrl import AnchorsLearner, DSRLConfig

@@ -30,7 +30,7 @@ from counterflow.experiments.online_agents import PriorLatent
 from counterflow.experiments.online_data import AXES
 from counterflow.experiments.rollout import Episode, run_episodes
 from counterflow.experiments.sight import check_on_states
-from counterflow.experiments.statistics import Difference, SuccessRate
+from counterflow.experiments.statistics import Difference, SuccessRate, tells
 from counterflow.flow import denoise
 from counterflow.policies import BasePolicy, bind, repeat_context
 from counterflow.random import check_seed, child_seed, draw_normal, draw_prior, generator
@@ -200,18 +200,9 @@ def recommend(
     )
 
 
-def tells(base: SuccessRate) -> bool:
-    """Say whether so many episodes would tell a policy that never succeeds from the base (of 20 or more it takes five)."""
-    return _clearly_below(SuccessRate(0, base.episodes), base)
-
-
 def worse(rate: SuccessRate, base: SuccessRate) -> bool:
     """Say whether a rate is clearly below the base's, or well below it by its mean, or nothing can be told."""
-    return not tells(base) or _clearly_below(rate, base) or rate.rate < 0.7 * base.rate
-
-
-def _clearly_below(rate: SuccessRate, base: SuccessRate) -> bool:
-    return Difference(rate, base).interval.high < 0
+    return not tells(base) or Difference(rate, base).interval.high < 0 or rate.rate < 0.7 * base.rate
 
 
 @torch.no_grad()

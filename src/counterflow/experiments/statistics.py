@@ -294,6 +294,11 @@ class Difference:
         return f"{100 * self.value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
+def tells(base: SuccessRate) -> bool:
+    """Say whether so many episodes would tell a policy that never succeeds from the base (of 20 or more it takes five)."""
+    return Difference(SuccessRate(0, base.episodes), base).interval.high < 0
+
+
 def _wilson(rate: float, episodes: float, confidence: float) -> Interval:
     """Wilson's interval; `episodes` may be an effective, fractional number."""
     z = NormalDist().inv_cdf(0.5 + confidence / 2)

@@ -240,16 +240,16 @@ class SteeredRows:
             TrainingError: an action, the flow's chunk, a reward or an observation, also one within the chunk, or what the policy
                 makes of it, is not finite.
         """
-        self._check("the action", actions[:, None].cpu().numpy())
+        self._check("the action", _finite(actions))
         decided = self.space.decide(self._context, actions, self._fresh, self._base)
         if self._base is None:
             self.evaluations += len(self) * self.space.steps
+        self._check("the flow's chunk", _finite(decided.base))  # not what is executed: limits make a number of infinity
         taken = [one.float().cpu().numpy() for one in (decided.actions, decided.noise, decided.base, decided.chunk)]
-        self._check("the flow's chunk", taken[2][:, None])  # not what is executed: limits make a number of infinity
         features = self._features() if self.recording else None
         batch = self.env.execute(taken[0])
-        self._check("the reward", batch.rewards)
-        self._check("the observation", batch.paths)
+        self._check("the reward", np.isfinite(batch.rewards))
+        self._check("the observation", map(np.isfinite, batch.paths))
         for row in range(len(self)):
             self.history[row].append(Taken(*(one[row].copy() for one in taken)))
         if self.recording:
@@ -286,7 +286,7 @@ class SteeredRows:
             self._rngs[row] = generator(child_seed(seed, "policy"))
             self._observation[row] = batch.observation[row]
             self.history[row], self.decisions[row] = [], []
-        self._check("the observation", self._observation[:, None], first=0)
+        self._check("the observation", np.isfinite(self._observation)[:, None], first=0)
         self._fresh[list(seeds)] = self._draw(list(seeds))
 
     def _draw(self, rows: Sequence[int]) -> Tensor:
@@ -304,10 +304,10 @@ class SteeredRows:
         """Encode the present observations, of which these rows are new; return what the learner sees."""
         self._encode(rows)
         inputs = self._inputs
-        self._check_made("what the policy makes of the observation", inputs)
+        self._check("what the policy makes of the observation", _finite(inputs))
         if self.space.show_base:
             self._base = self.space.denoise(self._context, self._fresh.to(self.space.device))
-            self._check_made("the flow's chunk", self._base)
+            self._check("the flow's chunk", _finite(self._base))
             self.evaluations += len(self) * self.space.steps
             inputs = torch.cat([inputs, self._base.flatten(1)], dim=1)
         self.shown = inputs
@@ -347,22 +347,17 @@ class SteeredRows:
         """Return what a row's present episode descends from."""
         return child_seed(self.seeds[row], "online", self.episodes[row])
 
-    def _check(self, what: str, values: Iterable[npt.NDArray[Any]], first: int = 1) -> None:
-        """Check that what every row's coming chunk gave is finite: (T, ...) in its first T steps, which count from `first`."""
-        for row, of_row in enumerate(values):
-            sound = np.isfinite(of_row).reshape(len(of_row), -1).all(axis=1)
-            if not sound.all():
+    def _check(self, what: str, finite: Iterable[npt.NDArray[np.bool_]], first: int = 1) -> None:
+        """Check every row's answers, (T, ...) of the first T steps of its coming chunk, which count from `first`."""
+        for row, answers in enumerate(finite):
+            if not answers.all():
+                sound = answers.reshape(len(answers), -1).all(axis=1)
                 done, step = len(self.history[row]), int(np.argmin(sound)) + first
                 raise TrainingError(
                     f"{what} of {self._named(row)} is not finite at step {done * self.space.executed + step} (chunk {done + 1}) "
                     f"of its episode {self.episodes[row]}. The last checkpoint is safe; look at what the environment or the "
                     "policy does there."
                 )
-
-    def _check_made(self, what: str, values: Tensor) -> None:
-        """Check what the policy made for every row's coming chunk, (N, ...), of which no more than N answers leave the device."""
-        sound = torch.isfinite(values).flatten(1).all(1).cpu().numpy()
-        self._check(what, np.where(sound, 0.0, np.nan)[:, None])
 
     def _check_reached(self, reached: Array) -> None:
         away = np.abs(self._observation - reached)
@@ -381,6 +376,12 @@ class SteeredRows:
 
     def _named(self, row: int) -> str:
         return f"environment {row} ({self.env.spec.name}, seed {self.seed_of(row)})"
+
+
+def _finite(values: Tensor) -> npt.NDArray[np.bool_]:
+    """Say whether each row of values (N, ...) is finite, (N, 1): no more than that leaves the device."""
+    found: npt.NDArray[np.bool_] = torch.isfinite(values).flatten(1).all(1, keepdim=True).cpu().numpy()
+    return found
 
 
 def _spaces(rows: SteeredRows) -> tuple[Any, Any]:
